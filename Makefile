@@ -1,0 +1,36 @@
+PYTHON ?= python3
+BIN := .venv/bin
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+setup: .venv/ready  ## the environment alone, at .venv, with the project installed editable
+
+.venv/ready: requirements.txt requirements-dev.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -q -r requirements.txt -r requirements-dev.txt
+	$(BIN)/pip install --disable-pip-version-check -q --no-deps -e .
+	touch $@
+
+demo: setup  ## train on the built-in data set, validate, label a picture (about 5 minutes on 2 cores)
+	$(BIN)/python train.py --config configs/demo.yaml --output runs/demo --overwrite
+	$(BIN)/python validate.py --model-path runs/demo/best.pt --json runs/demo/validation.json
+	$(BIN)/python infer.py --model-path runs/demo/best.pt --output runs/demo/predictions \
+		--pic-path data/shapes/val2014/COCO_val2014_000000000001.jpg
+	@echo "look at runs/demo/curves.png and runs/demo/predictions"
+
+lint: setup  ## ruff, its formatter and mypy, without changing anything
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint  ## lint, types and tests
+	$(BIN)/python -m pytest -n 2
+
+bench: setup  ## every benchmark: prints tables, takes a while
+	@for each in bench/*.py; do echo "## $$each"; $(BIN)/python $$each || exit 1; done
+
+clean:  ## remove the environment, runs and drawn data
+	rm -rf .venv runs data .pytest_cache .mypy_cache .ruff_cache
