@@ -1,0 +1,347 @@
+"""The settings of a run: one flat `Config`, filled from a recipe and the command line.
+
+What a field is set to is decided in this order, later wins: the default below (the official
+training script's COCO recipe), the checkpoint that is evaluated, the recipe (`--config FILE`), the
+command line. Everything is checked on the way: names, types, choices and ranges.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+from asl.errors import UsageError
+
+
+def _option(
+    default: Any,
+    text: str,
+    *,
+    group: str,
+    scripts: str = "train",
+    aliases: tuple[str, ...] = (),
+    positional: bool = False,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> Any:
+    return field(
+        default=default,
+        metadata={
+            "text": text,
+            "group": group,
+            "scripts": scripts.split(),
+            "aliases": aliases,
+            "positional": positional,
+            "above": above,
+            "at_least": at_least,
+            "at_most": at_most,
+        },
+    )
+
+
+_data = partial(_option, group="data")
+_model = partial(_option, group="model")
+_loss = partial(_option, group="loss")
+_optimisation = partial(_option, group="optimisation")
+_evaluation = partial(_option, group="evaluation")
+_run = partial(_option, group="run")
+
+_EVERYWHERE = "train validate infer"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of train.py, validate.py and infer.py; `python train.py --help` explains each.
+
+    Raises `UsageError` for a value that is out of range or settings that exclude each other.
+    """
+
+    data: str = _data("", "folder of the data set", scripts="train validate", positional=True)
+    dataset: Literal["coco", "voc", "shapes"] = _data(
+        "coco", "its layout (DATASETS.md)", scripts="train validate"
+    )
+    train_split: str = _data("", "split to train on; empty: the usual one of the data set")
+    val_split: str = _data(
+        "",
+        "split to validate on; empty: the usual one of the data set",
+        scripts="train validate",
+    )
+    missing_images: Literal["error", "skip"] = _data(
+        "error",
+        "listed images whose file is not there: stop, or leave them out",
+        scripts="train validate",
+    )
+    image_size: int = _data(
+        224,
+        "side of the square that images are squished to",
+        scripts=_EVERYWHERE,
+        aliases=("--input-size",),
+        at_least=8,
+        at_most=4096,
+    )
+    augment: Literal["recipe", "flip", "none"] = _data(
+        "recipe", "Cutout and RandAugment as in the paper, a horizontal flip, or nothing"
+    )
+    workers: int | None = _data(
+        None,
+        "processes that load images; 0: none; default: one per core, up to 16",
+        scripts=_EVERYWHERE,
+        aliases=("-j",),
+        at_least=0,
+    )
+
+    model_name: str = _model(
+        "tresnet_m", "any timm model; the papers': tresnet_m/l/xl/v2_l", scripts=_EVERYWHERE
+    )
+    model_path: str = _model(
+        "", "file of weights: official, timm's or this project's", scripts=_EVERYWHERE
+    )
+    pretrained: bool = _model(False, "start from timm's ImageNet weights, fetched from its hub")
+    head: Literal["linear", "bottleneck"] = _model(
+        "linear",
+        "last layers: one linear, or the official Open Images one (512 wide)",
+        scripts=_EVERYWHERE,
+    )
+    num_classes: int | None = _model(
+        None,
+        "an error if the data set or checkpoint has another number of classes",
+        scripts=_EVERYWHERE,
+        at_least=1,
+    )
+
+    loss: Literal["asl", "focal", "bce"] = _loss("asl", "training loss")
+    gamma_neg: float | None = _loss(
+        None, "focusing of the negatives; default: 4 for asl, 2 for focal", at_least=0
+    )
+    gamma_pos: float | None = _loss(
+        None, "focusing of the positives; default: 0 for asl, 2 for focal", at_least=0
+    )
+    clip: float | None = _loss(
+        None, "probability margin m of asl; default: 0.05", at_least=0, at_most=0.99
+    )
+
+    optimizer: Literal["adam", "adamw"] = _optimisation(
+        "adam", "adam adds the decay to the gradient (official), adamw decouples it"
+    )
+    lr: float = _optimisation(1e-4, "peak learning rate of the one-cycle schedule", above=0)
+    weight_decay: float = _optimisation(1e-4, "of weights with more than one dimension", at_least=0)
+    batch_size: int = _optimisation(
+        128, "images per step", scripts=_EVERYWHERE, aliases=("-b",), at_least=1
+    )
+    epochs: int = _optimisation(80, "length of the one-cycle schedule", at_least=1)
+    stop_epoch: int = _optimisation(
+        41, "stop after this many epochs, if the schedule is not over by then", at_least=1
+    )
+    pct_start: float = _optimisation(
+        0.2, "share of the schedule in which the learning rate rises", above=0, at_most=0.99
+    )
+    ema_decay: float = _optimisation(
+        0.9997, "decay per step of the averaged weights", at_least=0, at_most=0.999999
+    )
+    ema_warmup: bool = _optimisation(
+        False, "let the decay grow from 0 over the first steps: for runs of few steps"
+    )
+    grad_clip: float | None = _optimisation(None, "largest norm of the gradient", above=0)
+
+    weights: Literal["ema", "regular", "best"] = _evaluation(
+        "ema", "which set of a checkpoint of train.py to use", scripts="validate infer"
+    )
+    val_every: int = _evaluation(1, "validate every N epochs, and after the last", at_least=1)
+    threshold: float = _evaluation(
+        0.8,
+        "score from which a label counts as predicted",
+        scripts=_EVERYWHERE,
+        aliases=("--thre", "--th"),
+        at_least=0,
+        at_most=1,
+    )
+    top_k: int = _evaluation(
+        3, "labels per image of the top-k figures", scripts=_EVERYWHERE, at_least=1
+    )
+    pic_path: str = _evaluation("", "an image or a folder of images", scripts="infer")
+    json: str = _evaluation("", "also write the result to this file", scripts="validate infer")
+    dataset_type: Literal["MS-COCO", "NUS-WIDE", "PASCAL-VOC", "OpenImages"] | None = _evaluation(
+        None, "of an official checkpoint: OpenImages has the bottleneck head", scripts="infer"
+    )
+
+    config: str = _run("", "recipe: a YAML file of these settings", scripts="train validate")
+    output: str = _run(
+        "",
+        "folder of the run (default: runs/<recipe>, numbered if taken) or of infer.py's pictures "
+        "(default: predictions)",
+        scripts="train infer",
+    )
+    resume: bool = _run(False, "go on from the last checkpoint of the run folder")
+    overwrite: bool = _run(False, "start anew in a folder that already holds a run")
+    seed: int = _run(0, "of everything random", at_least=0, at_most=2**31 - 1)
+    device: str = _run(
+        "", "cuda, cuda:1, mps, cpu; default: the first that is there", scripts=_EVERYWHERE
+    )
+    amp: Literal["auto", "off", "bf16", "fp16"] = _run(
+        "auto", "precision of the forward pass; auto: what is faster here", scripts=_EVERYWHERE
+    )
+    compile: bool = _run(False, "compile the model with torch.compile")
+    print_freq: int = _run(100, "steps between looks at the loss", at_least=1)
+    tensorboard: bool = _run(False, "also log to TensorBoard in the run folder")
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            _check_range(each.name, getattr(self, each.name), each.metadata)
+        gamma_neg, gamma_pos, clip = self.asymmetry
+        if self.loss == "focal" and (clip or gamma_neg != gamma_pos):
+            raise UsageError("loss focal takes equal gamma_neg and gamma_pos and no clip")
+        if self.loss == "bce" and (gamma_neg or gamma_pos or clip):
+            raise UsageError("loss bce takes neither gamma_neg, gamma_pos nor clip")
+        if self.pretrained and self.model_path:
+            raise UsageError("model_path and pretrained both name weights to start from: drop one")
+
+    @property
+    def asymmetry(self) -> tuple[float, float, float]:
+        """(gamma_neg, gamma_pos, clip), with what the loss usually has where nothing was given."""
+        usual = _ASYMMETRY[self.loss]
+        given = (self.gamma_neg, self.gamma_pos, self.clip)
+        neg, pos, clip = (u if g is None else g for u, g in zip(usual, given, strict=True))
+        return neg, pos, clip
+
+    def to_yaml(self) -> str:
+        """All fields as a recipe that gives this very `Config` again."""
+        from omegaconf import OmegaConf
+
+        neg, pos, clip = self.asymmetry
+        return OmegaConf.to_yaml(asdict(replace(self, gamma_neg=neg, gamma_pos=pos, clip=clip)))
+
+
+# gamma_neg, gamma_pos, clip: the official training script's ASL; focal loss and cross-entropy are
+# the same formula with equal gammas and without margin (ASL paper, section 2.2).
+_ASYMMETRY = {"asl": (4.0, 0.0, 0.05), "focal": (2.0, 2.0, 0.0), "bce": (0.0, 0.0, 0.0)}
+
+# What a checkpoint of train.py knows about how it is to be evaluated.
+_FROM_CHECKPOINT = (
+    "data",
+    "dataset",
+    "val_split",
+    "missing_images",
+    "image_size",
+    "model_name",
+    "head",
+)
+
+
+def parse(
+    script: str,
+    description: str,
+    argv: Sequence[str] | None = None,
+    read_checkpoint: Callable[[str], Mapping[str, Any]] | None = None,
+) -> Config:
+    """The settings of one start of train.py, validate.py or infer.py.
+
+    `argv` defaults to the command line. `read_checkpoint` maps the path of a checkpoint to its
+    content; the settings that it was trained with then take the place of the defaults. Exits with 0
+    after `--help` and with 2 on a wrong command line, saying what is near; raises `UsageError` for
+    a wrong recipe and for values out of range.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    first = _from_command_line(script, description, argv, Config())
+    base = Config()
+    if read_checkpoint is not None and first.model_path:
+        trained = read_checkpoint(first.model_path).get("config", {})
+        base = replace(base, **{key: trained[key] for key in _FROM_CHECKPOINT if key in trained})
+    if first.config:
+        base = replace(base, config=first.config, **read_recipe(first.config))
+    return _from_command_line(script, description, argv, base)
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The settings that a YAML recipe gives, after a check of names, types and repetitions."""
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        recipe = OmegaConf.load(path)
+        if not isinstance(recipe, DictConfig):
+            raise UsageError(f"{path}: a recipe is a list of `setting: value` lines")
+        names = [str(key).replace("-", "_") for key in recipe]
+        for name in names:
+            if names.count(name) > 1:
+                raise UsageError(f"{path}: {name} stands there twice")
+        renamed = OmegaConf.create(dict(zip(names, recipe.values(), strict=True)))
+        checked = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(Config), renamed))
+    except OSError as error:
+        raise UsageError(f"cannot read the recipe {path}: {error.strerror}") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except OmegaConfBaseException as error:
+        raise UsageError(f"{path}: {str(error).splitlines()[0]}") from None
+    assert isinstance(checked, dict)
+    return {name: checked[name] for name in names}
+
+
+def _from_command_line(script: str, description: str, argv: Sequence[str], base: Config) -> Config:
+    """`base` with what `argv` says in place of what it holds.
+
+    tyro makes a command line of a dataclass and shows nested ones as groups, so the flat fields are
+    nested by group for it and flattened again.
+    """
+    import tyro
+
+    hints = get_type_hints(Config)
+    groups: dict[str, list[tuple[str, Any, Any]]] = {}
+    spellings: dict[str, str] = {}
+    for each in fields(Config):
+        if script not in each.metadata["scripts"]:
+            continue
+        aliases = each.metadata["aliases"]
+        spellings |= dict.fromkeys([f"--{each.name}".replace("_", "-"), *aliases], each.name)
+        hint: Any = hints[each.name]
+        if each.metadata["positional"]:
+            hint = Annotated[hint, tyro.conf.Positional]
+        about = tyro.conf.arg(help=each.metadata["text"], aliases=aliases, metavar=_metavar(hint))
+        option = (each.name, Annotated[hint, about], field(default=getattr(base, each.name)))
+        groups.setdefault(each.metadata["group"], []).append(option)
+    _refuse_doubled(argv, spellings)
+    nested = []
+    for title, options in groups.items():
+        group: Any = make_dataclass(title, options)
+        named = Annotated[group, tyro.conf.arg(name=title, prefix_name=False)]
+        nested.append((title, named, field(default_factory=group)))
+    everything: Any = make_dataclass("Options", nested)
+    parsed = tyro.cli(
+        everything,
+        prog=f"{script}.py",
+        description=description,
+        args=argv,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    given = {name: value for group in vars(parsed).values() for name, value in vars(group).items()}
+    return replace(base, **given)
+
+
+def _metavar(hint: Any) -> str | None:
+    # tyro would show an optional number as {None}|INT.
+    return {int | None: "INT", float | None: "FLOAT"}.get(hint)
+
+
+def _refuse_doubled(argv: Sequence[str], spellings: Mapping[str, str]) -> None:
+    # The second of two would win in silence: in a shell script of many lines that is a wrong run.
+    typed = [word.split("=")[0].replace("_", "-") for word in argv if word.startswith("-")]
+    names = [spellings[word] for word in typed if word in spellings]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"--{name.replace('_', '-')} is given twice")
+
+
+def _check_range(name: str, value: Any, limits: Mapping[str, Any]) -> None:
+    above, at_least, at_most = limits["above"], limits["at_least"], limits["at_most"]
+    if value is None or (above is None and at_least is None):
+        return
+    # Written so that NaN, which compares false with everything, is refused too.
+    if above is not None and not value > above:
+        raise UsageError(f"{name} is {value}, but must be above {above:g}")
+    if at_least is not None and not value >= at_least:
+        raise UsageError(f"{name} is {value}, but must be at least {at_least:g}")
+    if at_most is not None and not value <= at_most:
+        raise UsageError(f"{name} is {value}, but must be at most {at_most:g}")
