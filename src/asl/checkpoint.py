@@ -1,0 +1,155 @@
+"""Checkpoints: one format, one writer that leaves no half files, one reader that runs no code.
+
+A checkpoint is the official format and more: `{"model": weights, "num_classes": C, "idx_to_class":
+{0: name, ...}}`. Files of a training run also hold both sets of weights it keeps, "ema" and
+"regular", and under "best" which of the two "model" is; the tensors of "model" are those of that
+set, so a file holds every tensor once.
+"""
+
+import argparse
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from asl.atomic import replacing
+from asl.errors import DataError
+
+# What training scripts put beside tensors and plain values: their command line and NumPy numbers.
+# Reading these sets fields and calls nothing else.
+_HARMLESS: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("?", "i4", "i8", "f4", "f8", "U")),
+    (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
+    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),  # as NumPy 1 wrote it
+]
+# DistributedDataParallel and torch.compile put these before the names of a model's tensors.
+_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
+
+
+def save(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
+    """Write `checkpoint` to `path`: whole and on the disk when this returns, or not at all.
+
+    With a "best" entry ("ema" or "regular"), "model" becomes that very set. A file that is already
+    at `path` is replaced in one step at the end; until then, and after a failure, it is as it was.
+
+    Raises `DataError` where the file cannot be written (full disk, folder gone, no permission), and
+    TypeError for content that `load` would refuse: anything but tensors and plain Python values.
+    """
+    if "best" in checkpoint:
+        checkpoint = {**checkpoint, "model": checkpoint[checkpoint["best"]]}
+    try:
+        with replacing(path) as file:
+            torch.save(dict(checkpoint), file)
+            file.flush()
+            with torch.serialization.safe_globals(_HARMLESS):
+                refused = torch.serialization.get_unsafe_globals_in_checkpoint(file.name)
+            if refused:
+                raise TypeError(f"a checkpoint holds tensors and plain values only, not {refused}")
+    except (OSError, RuntimeError) as error:
+        # torch closes its archive on the way out and reports that failure in place of the first
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise DataError(f"{path}: the checkpoint cannot be written: {_reason(cause)}") from error
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of this project, of the official code or of timm, and run no code from it.
+
+    Returns its entries, of which three are always there: "model" (tensors by name, on the CPU,
+    without the prefixes of wrappers), "num_classes" (or None) and "idx_to_class" (class names by
+    number, in that order, or None). "ema" and "regular" are there, both, where the file tells them
+    apart. A bare state dict or a .safetensors file comes back as "model". Tensors are mapped from
+    the file where that is possible: until they are used, reading costs milliseconds.
+
+    Raises `DataError`, naming the file, if it is missing, damaged, not a checkpoint, or if reading
+    it would run code.
+    """
+    path = Path(path)
+    content = _read(path)
+    if not isinstance(content, Mapping):
+        raise DataError(f"{path}: holds a {type(content).__name__}, not the weights of a model")
+    checkpoint = {_PLAIN_NAMES.get(str(name), str(name)): value for name, value in content.items()}
+    if not isinstance(checkpoint.get("model"), Mapping):
+        checkpoint = {"model": content}
+    if checkpoint.get("ema") is not None:  # the two come together, from timm's training too
+        checkpoint.setdefault("regular", checkpoint["model"])
+    for weights in ("model", "ema", "regular"):
+        if checkpoint.get(weights) is not None:
+            checkpoint[weights] = _tensors(checkpoint[weights], path)
+    try:
+        names = _class_names(checkpoint.get("idx_to_class"))
+        count = checkpoint.get("num_classes") or (len(names) if names else None)
+        return {**checkpoint, "num_classes": count and int(count), "idx_to_class": names}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{path}: num_classes or idx_to_class is not usable: {error}") from error
+
+
+# timm's training script and much of the field have these names for the same entries.
+_PLAIN_NAMES = {"state_dict": "model", "state_dict_ema": "ema", "model_ema": "ema"}
+
+
+def _read(path: Path) -> Any:
+    try:
+        with path.open("rb") as file:
+            start = file.read(32)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {_reason(error)}") from error
+    is_zip, is_safetensors, is_pickle = start[:2] == b"PK", start[8:9] == b"{", start[:1] == b"\x80"
+    if not (is_zip or is_safetensors or is_pickle):
+        what = f"it begins with {start.decode(errors='replace')!r}" if start else "it is empty"
+        raise DataError(f"{path}: not a checkpoint: {what}; was a download cut off or refused?")
+    try:
+        if is_safetensors:
+            return load_file(path)
+        packed, unpacked = path.stat().st_size, _unpacked_size(path) if is_zip else 0
+        if unpacked <= packed:
+            with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of odd pickles; what comes of it is said below
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        wish = f"would run code ({named[1]})" if named else "is damaged or would run code"
+        raise DataError(f"{path}: refused: {wish} when read; save a state_dict instead") from error
+    except Exception as error:  # there is no end to the ways in which reading a damaged file fails
+        raise DataError(f"{path}: damaged or not a checkpoint: {_reason(error)}") from error
+    # torch stores tensors as they are: a file that grows when read was made to fill the memory
+    raise DataError(f"{path}: refused: its {packed:,} bytes would unpack to {unpacked:,}")
+
+
+def _unpacked_size(path: Path) -> int:
+    with zipfile.ZipFile(path) as archive:
+        return sum(entry.file_size for entry in archive.infolist())
+
+
+def _tensors(weights: Any, path: Path) -> dict[str, Tensor]:
+    if not isinstance(weights, Mapping):
+        raise DataError(f"{path}: holds a {type(weights).__name__} where weights should be")
+    tensors = {
+        _WRAPPERS.sub("", str(name)): value
+        for name, value in weights.items()
+        if isinstance(value, Tensor)
+    }
+    if not tensors:
+        raise DataError(f"{path}: not a checkpoint: there are no weights in it")
+    return tensors
+
+
+def _class_names(names: Any) -> dict[int, str] | None:
+    if names is None:
+        return None
+    numbered = names.items() if isinstance(names, Mapping) else enumerate(names)
+    return dict(sorted((int(number), str(name)) for number, name in numbered))
+
+
+def _reason(error: BaseException) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (text or type(error).__name__).splitlines()[0]
