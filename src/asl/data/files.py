@@ -1,0 +1,69 @@
+"""The files of a data set: what to say of one that is not there, reading text, image names."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from asl.errors import DataError, UsageError
+
+
+def not_found(path: Path) -> DataError:
+    """The error for a file or folder that is not there: it says what is there instead."""
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        return DataError(f"{path} is not there: {folder} is not a folder")
+    there = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
+    listed = ", ".join(there[:8]) + ", ..." * (len(there) > 8)
+    return DataError(f"{path} is not there: {folder} holds {listed or 'nothing'}")
+
+
+def no_split(split: str, there: Sequence[str], path: Path) -> UsageError | DataError:
+    """The error for a split that was looked for at `path`: it names those that are there."""
+    if not there:
+        return not_found(path)
+    return UsageError(f"no split {split!r} ({path}): choose from {', '.join(there)}")
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 text file, without a byte order mark.
+
+    Raises `DataError` if the file is not there or a line is not UTF-8.
+    """
+    if not path.is_file():
+        raise not_found(path)
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}: line {line} is not UTF-8 (byte {error.start:,})") from None
+
+
+def image_names(
+    names: Sequence[str], root: Path, place: Callable[[int], str]
+) -> npt.NDArray[np.bytes_]:
+    """File names as `Annotations.files` wants them: (N,) bytes, relative to `root`, each once.
+
+    An absolute path is taken if it lies under `root`. A name that does not, is empty or is given
+    twice raises a `DataError`, in which `place(i)` says where name i stands.
+    """
+    first: dict[str, int] = {}
+    for index, name in enumerate(names):
+        relative = _relative(name, root)
+        if relative is None:
+            raise DataError(f"{place(index)}: {name!r} is not a path inside {root}")
+        if first.setdefault(relative, index) != index:
+            raise DataError(f"{place(index)}: {name!r} is already at {place(first[relative])}")
+    return np.array([os.fsencode(name) for name in first], dtype=np.bytes_)
+
+
+def _relative(name: str, root: Path) -> str | None:
+    if name.startswith("/"):
+        name = os.path.relpath(name, os.path.abspath(root))  # noqa: PTH100 (links stay as written)
+    path = os.path.normpath(name)
+    return None if path in (".", "..") or path.startswith("../") or "\0" in path else path

@@ -1,0 +1,105 @@
+"""Pascal VOC 2007 and 2012.
+
+VOCdevkit/VOC2007/ImageSets/Main/cat_train.txt    "000012 -1": 1 present, 0 difficult, -1 absent
+VOCdevkit/VOC2007/JPEGImages/000012.jpg
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from asl.data.annotations import ABSENT, PRESENT, UNANNOTATED, Annotations
+from asl.data.files import image_names, no_split, not_found, read_lines
+from asl.errors import DataError, UsageError
+
+VERSION = 1
+DEFAULT_SPLITS = (("trainval", "test"), ("train", "val"))
+DIFFICULT = {"present": PRESENT, "absent": ABSENT, "ignore": UNANNOTATED}
+
+
+def voc(root: Path, split: str, *, difficult: str = "present") -> Annotations:
+    """Read the label files of one year, `ImageSets/Main/<class>_<split>.txt`.
+
+    `root` is the folder of the year, or `VOCdevkit`, or the folder that holds it. Classes are those
+    that have such files, in alphabetical order (20). A class of which all objects in an image are
+    marked difficult counts there as `difficult` says: "present", "absent", or "ignore" (not
+    annotated: left out of AP, as in the evaluation of the VOC challenge).
+
+    Raises `DataError` for a file that is not there, is not such a list, or lists other images than
+    the rest.
+    """
+    if difficult not in DIFFICULT:
+        raise UsageError(f"difficult {difficult!r}: choose from {', '.join(DIFFICULT)}")
+    label = {"1": PRESENT, "0": DIFFICULT[difficult], "-1": ABSENT}
+    paths = sources(root, split)
+    images = list(_read(paths[0]))
+    if not images:
+        raise DataError(f"{paths[0]} is empty")
+    table = np.empty((len(images), len(paths)), dtype=np.int8)
+    for column, path in enumerate(paths):
+        marks = _read(path)
+        if marks.keys() != set(images):
+            odd = min(marks.keys() ^ set(images))
+            raise DataError(f"{path} and {paths[0].name} list different images: one has no {odd}")
+        table[:, column] = [label[marks[image]] for image in images]
+    rows, columns = np.nonzero(table != ABSENT)
+    year = paths[0].parents[2]
+    return Annotations.from_cells(
+        year,
+        image_names(
+            [f"JPEGImages/{image}.jpg" for image in images],
+            year,
+            lambda row: f"{paths[0]}: image {row + 1}",
+        ),
+        tuple(path.stem.removesuffix(f"_{split}") for path in paths),
+        rows,
+        columns,
+        table[rows, columns],
+    )
+
+
+def splits(root: Path) -> list[str]:
+    """The splits of which there are label files."""
+    return sorted({path.stem.rpartition("_")[2] for path in _label_files(root)})
+
+
+def sources(root: Path, split: str, **_: object) -> list[Path]:
+    """The label files of a split, in the order of the classes."""
+    files = _label_files(root)
+    lists = _year(root) / "ImageSets" / "Main"
+    paths = [
+        lists / f"{name}_{split}.txt" for name in sorted({f.stem.rpartition("_")[0] for f in files})
+    ]
+    missing = [path for path in paths if path not in files]
+    if len(missing) == len(paths):
+        raise no_split(split, splits(root), lists / f"<class>_{split}.txt")
+    if missing:
+        raise not_found(missing[0])
+    return paths
+
+
+def _year(root: Path) -> Path:
+    folders = [root, *sorted(root.glob("VOC2*")), *sorted(root.glob("VOCdevkit/VOC2*"))]
+    years = [folder for folder in folders if (folder / "ImageSets" / "Main").is_dir()]
+    if not years:
+        raise not_found(root / "VOC2007" / "ImageSets" / "Main")
+    if len(years) > 1:
+        raise UsageError(f"{root} holds several years, name one: {', '.join(map(str, years))}")
+    return years[0]
+
+
+def _label_files(root: Path) -> list[Path]:
+    return list((_year(root) / "ImageSets" / "Main").glob("*_*.txt"))
+
+
+def _read(path: Path) -> dict[str, str]:
+    marks: dict[str, str] = {}
+    for number, line in enumerate(read_lines(path), start=1):
+        match line.split():
+            case [image, "1" | "0" | "-1" as mark] if image not in marks:
+                marks[image] = mark
+            case [image, "1" | "0" | "-1"]:
+                raise DataError(f"{path}: line {number}: image {image} is listed twice")
+            case _:
+                raise DataError(f"{path}: line {number}: {line!r} is not an image and 1, 0 or -1")
+    return marks
