@@ -92,7 +92,7 @@ def test_the_drawn_split_is_kept_when_images_are_added(tmp_path):
     assert {*train} | {*val} == {*names}
     assert len(val) == pytest.approx(400, abs=60)
     assert len(table(path, "val", val_share=0.5)) == pytest.approx(1000, abs=80)
-    assert rows(table(path, "val", seed=1)) != val
+    assert rows(table(path, "val", split_seed=1)) != val
     write(path, "path,labels\nnew.jpg,cat\n" + "".join(f"{n},cat\n" for n in reversed(names)))
     assert {*rows(table(path, "val"))} - {"new.jpg"} == {*val}
 

@@ -60,13 +60,52 @@ class Config:
     """
 
     data: str = _data("", "folder of the data set", scripts="train validate", positional=True)
-    dataset: Literal["coco", "voc", "shapes"] = _data(
+    dataset: Literal["coco", "voc", "nus_wide", "openimages", "table", "shapes"] = _data(
         "coco", "its layout (DATASETS.md)", scripts="train validate"
     )
     train_split: str = _data("", "split to train on; empty: the usual one of the data set")
     val_split: str = _data(
         "",
         "split to validate on; empty: the usual one of the data set",
+        scripts="train validate",
+    )
+    all_images: bool = _data(
+        False, "coco: also the images without any annotation", scripts="train validate"
+    )
+    train_difficult: Literal["present", "absent", "ignore"] | None = _data(
+        None, "voc: what objects marked difficult are in training; default: present"
+    )
+    val_difficult: Literal["present", "absent", "ignore"] | None = _data(
+        None, "voc: what they are in validation; default: ignore", scripts="train validate"
+    )
+    machine_generated: float | None = _data(
+        None,
+        "openimages: also the machine's labels of at least this confidence; default: none",
+        scripts="train validate",
+        at_least=0,
+        at_most=1,
+    )
+    class_list: str | None = _data(
+        None,
+        "openimages: file of the class ids; default: the trainable ones",
+        scripts="train validate",
+    )
+    class_descriptions: str = _data(
+        "", "openimages: CSV of class ids and names, to show names", scripts="validate infer"
+    )
+    val_share: float | None = _data(
+        None,
+        "table: share of the images to validate on, if it has no splits; default: 0.2",
+        scripts="train validate",
+        above=0,
+        at_most=0.99,
+    )
+    split_seed: int | None = _data(
+        None, "table: which images those are; default: 0", scripts="train validate", at_least=0
+    )
+    image_folder: str | None = _data(
+        None,
+        "folder of the images, from DATA; default: that of the layout",
         scripts="train validate",
     )
     missing_images: Literal["error", "skip"] = _data(
@@ -123,6 +162,10 @@ class Config:
         None, "probability margin m of asl; default: 0.05", at_least=0, at_most=0.99
     )
 
+    unannotated: Literal["ignore", "negative"] = _loss(
+        "ignore", "cells that are not annotated: no loss, or that of a negative"
+    )
+
     optimizer: Literal["adam", "adamw"] = _optimisation(
         "adam", "adam adds the decay to the gradient (official), adamw decouples it"
     )
@@ -152,14 +195,17 @@ class Config:
     val_every: int = _evaluation(1, "validate every N epochs, and after the last", at_least=1)
     threshold: float = _evaluation(
         0.8,
-        "score from which a label counts as predicted",
+        "score above which a label counts as predicted",
         scripts=_EVERYWHERE,
         aliases=("--thre", "--th"),
         at_least=0,
         at_most=1,
     )
-    top_k: int = _evaluation(
-        3, "labels per image of the top-k figures", scripts=_EVERYWHERE, at_least=1
+    top_k: int | None = _evaluation(
+        None,
+        "labels per image; default: 3 in the top-k figures, 10 in infer.py",
+        scripts="validate infer",
+        at_least=1,
     )
     pic_path: str = _evaluation("", "an image or a folder of images", scripts="infer")
     json: str = _evaluation("", "also write the result to this file", scripts="validate infer")
@@ -223,6 +269,8 @@ _FROM_CHECKPOINT = (
     "data",
     "dataset",
     "val_split",
+    *("all_images", "val_difficult", "machine_generated", "class_list"),
+    *("val_share", "split_seed", "image_folder"),
     "missing_images",
     "image_size",
     "model_name",
@@ -322,7 +370,7 @@ def _from_command_line(script: str, description: str, argv: Sequence[str], base:
 
 def _metavar(hint: Any) -> str | None:
     # tyro would show an optional number as {None}|INT.
-    return {int | None: "INT", float | None: "FLOAT"}.get(hint)
+    return {int | None: "INT", float | None: "FLOAT", str | None: "STR"}.get(hint)
 
 
 def _refuse_doubled(argv: Sequence[str], spellings: Mapping[str, str]) -> None:

@@ -19,7 +19,7 @@ from asl.data.annotations import PRESENT, Annotations
 from asl.data.cache import cached, fingerprint
 from asl.errors import UsageError
 
-READERS = ("coco", "nus_wide", "openimages", "table", "voc")
+READERS = ("coco", "nus_wide", "openimages", "shapes", "table", "voc")
 log = logging.getLogger("asl")
 
 
@@ -58,17 +58,22 @@ def read(
     return annotations
 
 
+def splits(dataset: str, root: str | Path) -> list[str]:
+    """The splits of a data set that are there."""
+    there: list[str] = _reader(dataset).splits(Path(root))
+    return there
+
+
 def default_split(dataset: str, root: str | Path, role: str) -> str:
     """The split that a data set is trained on (`role` "train") or validated on ("val").
 
     That is what the papers use where its files are there (COCO 2014 before 2017; VOC trainval and
     test before train and val). Raises `UsageError` if there are only splits of other names.
     """
-    reader, root = _reader(dataset), Path(root)
-    there = reader.splits(root)
+    there = splits(dataset, root)
     side = ("train", "val").index(role)
     # The most complete pair first: with val2017 alone downloaded, (train2017, val2017) it is.
-    pairs = sorted(reader.DEFAULT_SPLITS, key=lambda pair: -len({*pair} & {*there}))
+    pairs = sorted(_reader(dataset).DEFAULT_SPLITS, key=lambda pair: -len({*pair} & {*there}))
     choice = [str(pair[side]) for pair in pairs if pair[side] in there or not there]
     if not choice:
         raise UsageError(f"{root} has no usual split, name the {role} one: {', '.join(there)}")

@@ -23,15 +23,15 @@ PLACE = "file: row"  # the column that says where a row of the joined tables com
 
 
 def table(
-    root: Path, split: str, *, image_folder: str = "", val_share: float = 0.2, seed: int = 0
+    root: Path, split: str, *, image_folder: str = "", val_share: float = 0.2, split_seed: int = 0
 ) -> Annotations:
     """Read one split of a table, or of several in one folder.
 
     `root` is a table (.csv in UTF-8, or .parquet) or a folder of tables. Each of several is the
     split of its name, and so is one called train, val, valid or test. Any other may have a column
     `split`; where it has none, every image is drawn for "val" with probability `val_share`, else
-    for "train". The draw hangs on `seed` and the path alone, so that images which are added later
-    do not move the others.
+    for "train". The draw hangs on `split_seed` and the path alone, so that images which are added
+    later do not move the others.
 
     Paths stand in the column `path` (or another of `PATH_COLUMNS`), relative to `image_folder`,
     which itself is relative to the folder of the table. Labels are either names with "|" between
@@ -44,7 +44,9 @@ def table(
     *paths, folder = sources(root, split, image_folder=image_folder)
     every = _read_all(paths)
     if "split" not in every.columns:
-        drawn = ["val" if _draw(name, seed) < val_share else "train" for name in every["path"]]
+        drawn = [
+            "val" if _draw(name, split_seed) < val_share else "train" for name in every["path"]
+        ]
         every = every.with_columns(split=pl.Series(drawn, dtype=pl.String))
     frame = every.filter(pl.col("split") == split)
     if frame.is_empty():

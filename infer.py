@@ -1,0 +1,39 @@
+"""Label an image, or a folder of images: see `python infer.py --help`."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+
+from asl.config import parse
+from asl.errors import reported
+
+
+def load(path: str) -> dict[str, Any]:
+    """Read a checkpoint; torch is imported here and not for `--help`."""
+    from asl import checkpoint
+
+    return checkpoint.load(path)
+
+
+def main() -> None:
+    """Parse, predict, print the labels and draw them beside the images."""
+    config = parse("infer", "Label an image, or every image of a folder.", read_checkpoint=load)
+
+    from asl import report
+    from asl.engine import predict
+
+    predictions = predict(config)
+    for prediction in predictions:
+        print(report.prediction_text(prediction))
+    if config.json:
+        report.write_json(predictions, config.json)
+        print(f"all labels: {config.json}")
+    folder = report.draw_predictions(predictions, config.output or "predictions", config.threshold)
+    print(f"pictures: {folder}")
+
+
+if __name__ == "__main__":
+    with reported():
+        main()

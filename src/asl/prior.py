@@ -1,0 +1,127 @@
+"""The prior of a class: how often it is present, as a model trained on partial labels sees it.
+
+Labels that are known in part do not tell how frequent a class is, so the CSL paper (arXiv
+2110.10955, section 3.4) trains a temporary model that ignores the cells not annotated, and takes
+the mean of its scores over the training set. The file is that of the official code:
+
+Classes,avg_pred
+person,0.5474
+bicycle,0.0398
+"""
+
+import csv
+import io
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from asl.atomic import replacing
+from asl.data.classes import match_classes
+from asl.data.files import read_lines
+from asl.errors import DataError, UsageError
+
+HEADER = ["Classes", "avg_pred"]
+log = logging.getLogger("asl")
+
+
+class RunningPrior(nn.Module):
+    """Mean score by class over all training steps so far, as the official code keeps it.
+
+    It comes for free, but from the scores that training saw: those of augmented images, of the
+    weights at the time, and from the first step on. The mean over the training set after training
+    is closer to the class frequencies. The state (a buffer) is the same on all ranks.
+    """
+
+    totals: Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.register_buffer("totals", torch.zeros(num_classes + 1))
+
+    @torch.no_grad()
+    def update(self, logits: Tensor) -> None:
+        """Count in the (B, C) logits of a step, on all ranks. Does not wait for the device."""
+        # A last column of ones counts the images, so that one reduction does for both.
+        totals = pad(logits.float().sigmoid(), (0, 1), value=1.0).sum(dim=0)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(totals)
+        self.totals += totals
+
+    @property
+    def prior(self) -> Tensor:
+        """(C,) in [0, 1], float32; NaN before the first step."""
+        return self.totals[:-1] / self.totals[-1]
+
+
+def write_prior(path: str | Path, classes: Sequence[str], prior: Tensor) -> None:
+    """Write the (C,) prior as CSV; the folder is made. Raises `UsageError` if that fails."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(HEADER)
+    # As float32 in NumPy the numbers are written with the digits that they need, and no more.
+    rows.writerows(zip(classes, map(str, prior.float().cpu().numpy()), strict=True))
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            file.write(text.getvalue().encode())
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+
+
+def read_prior(path: str | Path, classes: Sequence[str]) -> Tensor:
+    """Read a prior, whatever the order of its rows: (C,) float32 in [0, 1], one per class.
+
+    A last row without a class name (empty, or a bare number that is no class) is ignored with a
+    warning: official files end with one. Columns other than the two of the format do not count.
+
+    Raises `DataError` that names file, row and class for a class that is missing, unknown or given
+    twice and for a value that is not a number in [0, 1].
+    """
+    path = Path(path)
+    header, *rows = [*csv.reader(read_lines(path))] or [[]]
+    if not set(header) >= set(HEADER):
+        raise DataError(f"{path}: the header is {','.join(header)!r}, not {','.join(HEADER)!r}")
+    name_at, value_at = map(header.index, HEADER)
+    cells = {}
+    for number, row in enumerate(rows, start=2):
+        if row and len(row) != len(header):
+            raise DataError(f"{path}: row {number} has {len(row)} cells, not {len(header)}")
+        if row:
+            cells[number] = row[name_at], row[value_at]
+    if cells and _nameless(cells[last := max(cells)][0], classes):
+        log.warning("%s: row %d is of no class: %s (ignored)", path, last, ",".join(rows[last - 2]))
+        del cells[last]
+
+    first: dict[str, int] = {}
+    for number, (name, _) in cells.items():
+        if first.setdefault(name, number) != number:
+            raise DataError(f"{path}: row {number}: {name!r} is already in row {first[name]}")
+    try:
+        found = match_classes(list(first), classes)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    for at, (name, number) in enumerate(first.items()):
+        if at not in found:
+            raise DataError(f"{path}: row {number}: {name!r} is not a class of the data set")
+    values = [_share(value, f"{path}: row {n}, {name!r}") for n, (name, value) in cells.items()]
+    return torch.tensor(values)[found]
+
+
+def _nameless(name: str, classes: Sequence[str]) -> bool:
+    return not name.strip() or (name.strip().isdecimal() and name not in classes)
+
+
+def _share(text: str, place: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise DataError(f"{place}: {text!r} is not a number from 0 to 1")
+    return value

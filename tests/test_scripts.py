@@ -1,0 +1,125 @@
+"""train.py, validate.py and infer.py as a user runs them: real processes on real files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from asl import checkpoint
+
+REPOSITORY = Path(__file__).parent.parent
+SMALL = (
+    *("--model-name", "test_resnet", "--image-size", "64", "--batch-size", "8", "--workers", "1"),
+    *("--lr", "1e-3", "--ema-decay", "0.9", "--amp", "off", "--device", "cpu"),
+)
+
+
+def run(script, *arguments, cwd, code=0):
+    """Run a script to its end; returns what it printed (stdout, stderr)."""
+    done = subprocess.run(
+        command(script, *arguments), cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout, done.stderr
+
+
+def command(script, *arguments):
+    return [sys.executable, "-W", "error", str(REPOSITORY / script), *map(str, arguments)]
+
+
+def width_of(picture):
+    with Image.open(picture) as opened:
+        return opened.width
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, small_shapes):
+    """The folder of a run of two epochs, and what train.py printed."""
+    cwd = tmp_path_factory.mktemp("trained")
+    out, _ = run(*("train.py", small_shapes, "--epochs", 2, "--output", "run", *SMALL), cwd=cwd)
+    return cwd, out
+
+
+def test_a_run_leaves_settings_log_curves_and_checkpoints(trained):
+    cwd, out = trained
+    rows = [json.loads(line) for line in (cwd / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert all(0 <= row[key] <= 100 for row in rows for key in ("mAP_ema", "mAP_regular"))
+    assert "model_name: test_resnet" in (cwd / "run/config.yaml").read_text()
+    assert width_of(cwd / "run/curves.png") > 300
+    assert f"mAP {rows[1]['mAP_ema']:5.2f}" in out
+    assert out.rstrip().endswith("python validate.py --model-path run/best.pt")
+
+
+def test_validation_of_the_checkpoint_alone_repeats_the_logged_map(trained):
+    cwd, _ = trained
+    rows = [json.loads(line) for line in (cwd / "run/metrics.jsonl").read_text().splitlines()]
+    best = max(rows, key=lambda row: max(row["mAP_ema"], row["mAP_regular"]))
+    for weights in ("ema", "regular"):
+        out, _ = run(
+            *("validate.py", "--model-path", "run/best.pt", "--weights", weights),
+            *("--json", "result.json", "--amp", "off"),
+            cwd=cwd,
+        )
+        result = json.loads((cwd / "result.json").read_text())
+        assert result["mAP"] == best[f"mAP_{weights}"]
+        assert f"{result['mAP']:.2f}" in out
+        assert len(result["per_class"]) == 24
+        assert result["command"].startswith("python")
+
+
+def test_inference_on_an_image_and_on_a_folder_give_the_same_labels(trained, small_shapes):
+    cwd, _ = trained
+    folder = small_shapes / "val2014"
+    images = sorted(folder.iterdir())
+    run(
+        *("infer.py", "--model_path", "run/best.pt", "--pic_path", folder, "--top-k", 5),
+        *("--th", 0.3, "--json", "all.json", "--output", "all"),
+        cwd=cwd,
+    )
+    out, _ = run(
+        *("infer.py", "--model-path", "run/best.pt", "--pic-path", images[3], "--top-k", 5),
+        *("--th", 0.3, "--json", "one.json", "--output", "one"),
+        cwd=cwd,
+    )
+    everything = json.loads((cwd / "all.json").read_text())
+    [one] = json.loads((cwd / "one.json").read_text())
+    assert [Path(each["file"]).name for each in everything] == [image.name for image in images]
+    assert one == everything[3]
+    assert len(one["labels"]) == 5
+    assert one["labels"][0]["name"] in out
+    for label in one["labels"]:
+        assert label["predicted"] == (label["score"] > 0.3)
+    assert len(list((cwd / "all").iterdir())) == len(images)
+    assert width_of(cwd / "one" / f"{images[3].name}.png") > 300
+
+
+def test_ctrl_c_leaves_a_run_that_resume_completes(small_shapes, tmp_path):
+    arguments = ("train.py", small_shapes, "--epochs", 50, "--output", "run", *SMALL)
+    process = subprocess.Popen(
+        command(*arguments), cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    while not (tmp_path / "run/metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "--resume" in err
+    assert "Traceback" not in err
+
+    stopped = checkpoint.load(tmp_path / "run/last.pt")["epoch"]
+    _, err = run(*arguments, cwd=tmp_path, code=2)
+    assert "--resume" in err
+    _, err = run(*arguments, "--resume", "--stop-epoch", stopped + 1, cwd=tmp_path, code=2)
+    assert "stop_epoch" in err

@@ -1,0 +1,33 @@
+"""Train a multi-label classifier: see `python train.py --help`.
+
+Without any argument it trains the demo (configs/demo.yaml) on the built-in data set.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+
+from asl.config import parse
+from asl.errors import reported
+
+DEMO = Path(__file__).resolve().parent / "configs" / "demo.yaml"
+
+
+def main() -> None:
+    """Parse, train, say where everything is."""
+    argv = sys.argv[1:] or ["--config", str(DEMO)]
+    config = parse("train", "Train a multi-label classifier.", argv)
+    print(config.to_yaml())
+
+    from asl.engine import fit
+
+    folder = fit(config)
+    print(f"curves:      {folder / 'curves.png'}")
+    print(f"checkpoint:  {folder / 'best.pt'}")
+    print(f"validate it: python validate.py --model-path {folder / 'best.pt'}")
+
+
+if __name__ == "__main__":
+    with reported():
+        main()

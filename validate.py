@@ -1,0 +1,36 @@
+"""Measure a checkpoint on a data set: see `python validate.py --help`."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+
+from asl.config import parse
+from asl.errors import reported
+
+
+def load(path: str) -> dict[str, Any]:
+    """Read a checkpoint; torch is imported here and not for `--help`."""
+    from asl import checkpoint
+
+    return checkpoint.load(path)
+
+
+def main() -> None:
+    """Parse, evaluate, print and write the figures."""
+    config = parse("validate", "Measure a checkpoint on a data set.", read_checkpoint=load)
+
+    from asl import report
+    from asl.engine import evaluate
+
+    figures = evaluate(config)
+    print(report.evaluation_text(figures))
+    if config.json:
+        report.write_json(figures, config.json)
+        print(f"all figures: {config.json}")
+
+
+if __name__ == "__main__":
+    with reported():
+        main()
