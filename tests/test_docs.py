@@ -1,0 +1,127 @@
+"""What the documents say exists: files, recipes, models, options."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import timm
+
+from asl.config import Config, read_recipe
+
+REPOSITORY = Path(__file__).parent.parent
+DOCUMENTS = [*sorted(REPOSITORY.glob("*.md")), *sorted(REPOSITORY.glob("bench/*.md"))]
+RECIPES = sorted(REPOSITORY.glob("configs/*.yaml"))
+SCRIPTS = ("train", "validate", "infer")
+LINE_LENGTH = 120
+
+
+def name_of(path):
+    return str(path.relative_to(REPOSITORY))
+
+
+every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+every_recipe = pytest.mark.parametrize("path", RECIPES, ids=name_of)
+
+
+def anchors(path):
+    """The addresses that GitHub gives the headings of a document."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def leads_somewhere(link, document):
+    """Whether a local link from a document has a target; what is on the web is not looked at."""
+    file, _, anchor = link.partition("#")
+    target = document.parent / file if file else document
+    is_local = not re.match(r"[a-z]+:", link)
+    return not is_local or (target.exists() and (not anchor or anchor in anchors(target)))
+
+
+def options_of(*scripts):
+    """All spellings of the options that these scripts take."""
+    spellings = {"--help", "-h"}
+    for option in fields(Config):
+        if set(scripts) & set(option.metadata["scripts"]) and not option.metadata["positional"]:
+            name = option.name.replace("_", "-")
+            spellings |= {f"--{name}", *option.metadata["aliases"]}
+            spellings |= {f"--no-{name}"} if option.type is bool else set()
+    return spellings
+
+
+def options_in(text):
+    return {option.replace("_", "-") for option in re.findall(r"(?<![\w-])--?[a-z][\w-]*", text)}
+
+
+def commands_in(text):
+    """(script, arguments) of every call of a script, in blocks of code and between backticks."""
+    text = text.replace("\\\n", " ")
+    return re.findall(r"python (?:\S*/)?(train|validate|infer)\.py([^`\n|;&]*)", text)
+
+
+@every_document
+def test_every_local_link_leads_somewhere(path):
+    text = path.read_text()
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    links += re.findall(r"^\[[^\]]+\]: (\S+)$", text, re.MULTILINE)
+    links += re.findall(r"(?:src|href)=\"([^\"]+)\"", text)
+    assert [link for link in links if not leads_somewhere(link, path)] == []
+
+
+@every_document
+def test_every_reference_link_is_defined_and_used(path):
+    text = path.read_text()
+    defined = set(re.findall(r"^\[([^\]]+)\]: ", text, re.MULTILINE))
+    used = set(re.findall(r"\]\[([^\]]+)\]", re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.S)))
+    assert defined == used
+
+
+@every_document
+def test_every_option_exists(path):
+    others = r"\b(pip|git|torchrun|python -m|python bench/)[^`\n]*?(?=train\.py|`|\n)"
+    mentioned = options_in(re.sub(others, "", path.read_text()))
+    assert {option for option in mentioned if option[:2] == "--"} - options_of(*SCRIPTS) == set()
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *RECIPES], ids=name_of)
+def test_every_command_has_options_of_its_script_and_a_recipe_that_exists(path):
+    text = re.sub(r"^# ?", "", path.read_text(), flags=re.MULTILINE)
+    for script, arguments in commands_in(text):
+        assert options_in(arguments) <= options_of(script), f"{script}.py {arguments}"
+        for recipe in re.findall(r"--config (\S+)", arguments):
+            assert (REPOSITORY / recipe).is_file(), recipe
+
+
+@every_document
+def test_nothing_is_left_to_be_filled_in(path):
+    assert re.findall(r"@[A-Z_]+@|to be filled|TODO|FIXME", path.read_text()) == []
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *RECIPES], ids=name_of)
+def test_lines_are_short(path):
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        unbreakable = re.match(r" *\||\[[^]]+\]: ", line)  # tables and the targets of links
+        assert len(line) <= LINE_LENGTH or unbreakable, f"line {number}"
+
+
+def test_the_model_zoo_lists_the_recipes_that_exist():
+    listed = re.findall(r"\(configs/(\w+\.yaml)\)", (REPOSITORY / "MODEL_ZOO.md").read_text())
+    assert sorted(listed) == [path.name for path in RECIPES]
+
+
+@every_recipe
+def test_every_recipe_is_valid_and_its_model_exists(path):
+    config = Config(**read_recipe(path))
+    assert timm.is_model(config.model_name)
+    tag = config.model_name.partition(".")[2]
+    assert not tag or config.model_name in timm.list_pretrained(config.model_name)
+
+
+@every_recipe
+def test_every_recipe_says_how_to_run_it_and_what_to_expect(path):
+    text = path.read_text()
+    header = text[: re.search(r"^[^#]", text, re.MULTILINE).start()]
+    assert f"--config {name_of(path)}" in header
+    assert re.search(r"# python train\.py ", header)
+    assert re.search(r"\b[Ee]xpect", header)
+    assert len(text.splitlines()) <= 25
