@@ -1,10 +1,13 @@
 """Label an image, or a folder of images: see `python infer.py --help`."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+# Threads that wait for each other on a CPU give way to the workers that load images.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from asl.config import parse
 from asl.errors import reported

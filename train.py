@@ -3,10 +3,13 @@
 Without any argument it trains the demo (configs/demo.yaml) on the built-in data set.
 """
 
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+# Threads that wait for each other on a CPU give way to the workers that load images.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from asl.config import parse
 from asl.errors import reported

@@ -95,13 +95,18 @@ def whole_run(tmp_path_factory, small_shapes):
     return fit(settings(small_shapes, tmp_path_factory.mktemp("whole")))
 
 
+def interrupted_fit(config, step):
+    with pytest.MonkeyPatch.context() as patch:
+        Signalled(patch, step)
+        fit(config)
+
+
 @pytest.mark.parametrize("step", [1, 5, 8, 15])
 def test_a_run_that_goes_on_after_a_signal_equals_one_without(
     step, whole_run, small_shapes, tmp_path
 ):
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-        Signalled(patch, step)
-        fit(settings(small_shapes, tmp_path))
+    with pytest.raises(Interrupted, match="--resume"):
+        interrupted_fit(settings(small_shapes, tmp_path), step)
     # Another number of workers gives the same samples.
     fit(settings(small_shapes, tmp_path, resume=True, workers=1))
 
@@ -111,3 +116,108 @@ def test_a_run_that_goes_on_after_a_signal_equals_one_without(
         for which in ("ema", "regular"):
             for key, value in whole[which].items():
                 assert torch.equal(resumed[which][key], value), (name, which, key)
+
+
+def test_a_run_resumed_with_other_settings_is_refused_and_the_settings_are_named(
+    whole_run, small_shapes
+):
+    other = settings(small_shapes, whole_run, resume=True, weight_decay=0.5, print_freq=7)
+    with pytest.raises(UsageError, match=r"weight_decay: 0\.0001 then, 0\.5 now\)"):
+        fit(other)
+
+
+def test_a_folder_that_holds_a_run_is_overwritten_only_when_asked(small_shapes, tmp_path):
+    once = settings(small_shapes, tmp_path / "run", stop_epoch=1)
+    fit(once)
+    with pytest.raises(UsageError, match="--overwrite"):
+        fit(once)
+    fit(settings(small_shapes, tmp_path / "run", stop_epoch=1, overwrite=True))
+    with pytest.raises(UsageError, match="no run to resume"):
+        fit(settings(small_shapes, tmp_path / "nothing", resume=True))
+
+
+def test_runs_without_a_folder_are_numbered(small_shapes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = [fit(settings(small_shapes, "", stop_epoch=1)) for _ in range(2)]
+    assert [str(folder) for folder in folders] == [
+        "runs/coco_test_resnet",
+        "runs/coco_test_resnet-2",
+    ]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_epoch_and_step(small_shapes, tmp_path):
+    diverging = settings(small_shapes, tmp_path, optimizer="adamw", weight_decay=1e30)
+    with pytest.raises(TrainingError, match=r"epoch 1, step \d+: lower --lr"):
+        fit(diverging)
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_the_number_of_classes_is_checked_when_it_is_given(small_shapes, tmp_path):
+    fit(settings(small_shapes, tmp_path, stop_epoch=1, num_classes=24))
+    with pytest.raises(UsageError, match="num_classes is 80, but there are 24"):
+        fit(settings(small_shapes, tmp_path, overwrite=True, num_classes=80))
+
+
+@pytest.mark.parametrize("option", [{"optimizer": "adamw"}, {"grad_clip": 1e-9}, {"seed": 1}])
+def test_every_option_of_the_step_changes_the_result(option, whole_run, small_shapes, tmp_path):
+    changed = fit(settings(small_shapes, tmp_path, stop_epoch=1, **option))
+    first = [
+        json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+        for run in (whole_run, changed)
+    ]
+    assert first[0]["loss"] != first[1]["loss"]
+
+
+def test_a_compiled_model_takes_the_same_steps():
+    torch.manual_seed(0)
+    images, targets = torch.rand(4, 3, 16, 16), torch.randint(0, 2, (4, 20))
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(1)
+        training = training_of(golden_network(), compile=compiled, lr=1e-2, epochs=1)
+        losses.append([training.step(images, targets).item() for _ in range(3)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_bfloat16_steps_stay_near_those_in_float32():
+    images, targets = torch.rand(4, 3, 16, 16), torch.randint(0, 2, (4, 20))
+    losses = []
+    for amp in ("off", "bf16"):
+        torch.manual_seed(1)
+        config = Config(amp=amp, lr=1e-2, epochs=1)
+        training = Training(golden_network(), config, steps_per_epoch=5, device=CPU)
+        losses.append([training.step(images, targets).item() for _ in range(3)])
+        assert all(p.dtype == torch.float32 for p in training.model.parameters())
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+
+
+def test_precision_is_float32_for_training_on_a_cpu_unless_asked_for():
+    assert precision("auto", CPU, training=True) is None
+    assert precision("off", CPU, training=False) is None
+    assert precision("bf16", CPU, training=True) == torch.bfloat16
+
+
+def test_scores_of_several_models_come_from_one_pass():
+    taken = []
+
+    def batches():
+        for size in (3, 2):
+            taken.append(size)
+            yield torch.rand(size, 4), None
+
+    models = [nn.Linear(4, 5), nn.Linear(4, 5)]
+    first, second = score(models, batches(), prepare=lambda images: images)
+    assert taken == [3, 2]
+    assert first.shape == second.shape == (5, 5)
+    assert not torch.equal(first, second)
+    assert ((first > 0) & (first < 1)).all()
+
+
+def test_a_device_that_is_not_there_is_an_error_of_usage():
+    assert pick_device("cpu") == CPU
+    with pytest.raises(UsageError, match="nonsense"):
+        pick_device("nonsense")
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="cuda"):
+            pick_device("cuda")

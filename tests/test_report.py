@@ -6,11 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from asl import report
+from asl.data.annotations import Annotations
+from asl.data.partial import simulate
 from asl.errors import UsageError
 from asl.metrics import evaluate_scores
+from asl.prior import write_prior
 
 ROW = {"epoch": 7, "lr": 2e-4, "loss": 123.456}
 MAP = {"mAP_ema": 85.54, "mAP_regular": 81.3}
@@ -272,3 +276,67 @@ def test_loss_curves_show_where_each_loss_applies(tmp_path):
     right = picture[100:, picture.shape[1] // 2 + 30 :]
     assert near(right, report.BLUE) > 300
     assert near(right, report.GREEN) == 0
+
+
+def long_tailed(num_classes):
+    """100 images; class c is in the first 100 / (c + 1) of them."""
+    images = [100 // (c + 1) for c in range(num_classes)]
+    rows = np.concatenate([np.arange(n) for n in images])
+    columns = np.repeat(np.arange(num_classes), images)
+    files = np.array([b"%d.jpg" % i for i in range(100)])
+    names = tuple(f"name{c}" for c in range(num_classes))
+    return Annotations.from_cells(Path("x"), files, names, rows, columns, np.ones(len(rows)))
+
+
+def test_frequencies_text_counts_what_is_there_what_is_left_and_how_well_a_prior_ranks():
+    data = long_tailed(12)
+    prior = np.linspace(0.5, 0.01, 12)
+    prior[0] = 0
+    text = report.frequencies_text(data, {"fpc:20": simulate(data, "fpc:20", 0)}, {"mine": prior})
+    lines = text.splitlines()
+    assert lines[3].split() == ["name0", "100", "1.0000", "20", "0", "0.0000"]
+    assert lines[4].split() == ["name1", "50", "0.5000", "20", "20", "0.4555"]
+    assert lines[14].split() == ["name11", "8", "0.0800", "8", "8", "0.0100"]
+    # Eleven of twelve ranks in order, and the first at the end.
+    assert "prior mine: rank correlation 0.538" in text
+    assert "top 10 (9 rightly): name1, name2, " in text
+
+
+def test_ranks_of_equal_values_are_shared():
+    assert report._rank_correlation([1, 2, 2, 3], [10, 20, 20, 30]) == pytest.approx(1)
+    assert report._rank_correlation([1, 1, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9487, abs=1e-4)
+
+
+@pytest.mark.parametrize("num_classes", [3, 120])
+def test_frequency_picture_draws_a_panel_for_each_simulation(tmp_path, num_classes):
+    data = long_tailed(num_classes)
+
+    def draw(schemes, **priors):
+        partial = {scheme: simulate(data, scheme, 0) for scheme in schemes}
+        report.frequency_picture(data, partial, priors, tmp_path / "a.png")
+        return pixels(tmp_path / "a.png")
+
+    one, two = draw(["fpc:9"]), draw(["fpc:9", "rps:0.5"])
+    assert len(one) < len(two)
+    for color in (report.BLUE, report.PALE_BLUE):
+        assert 500 < near(one, color) < near(two, color)
+    assert near(one, report.ORANGE) == 0
+    prior = np.linspace(1, 0.01, num_classes)
+    assert near(draw(["fpc:9"], **{"fpc:9": prior}), report.ORANGE) > 50
+
+
+def test_the_command_frequencies_reads_any_data_set_and_priors_by_name(tmp_path, capsys):
+    table = tmp_path / "train.csv"
+    table.write_text(
+        "path,labels\n" + "".join(f"{i}.jpg,{'dog|' * (i < 3)}cat\n" for i in range(9))
+    )
+    write_prior(tmp_path / "prior.csv", ["dog", "cat"], torch.tensor([0.25, 0.75]))
+    options = ["frequencies", str(tmp_path / "train.csv"), "--dataset", "table", "--output"]
+    options += [str(tmp_path / "a.png"), "--simulate-partial", "fpc:2", "--prior-path"]
+    report.main([*options, str(tmp_path / "prior.csv")])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["cat", "9", "1.0000", "2", "0", "0.7500"] in lines
+    assert ["dog", "3", "0.3333", "2", "2", "0.2500"] in lines
+    assert pixels(tmp_path / "a.png").size
+    with pytest.raises(UsageError, match="2 priors for 1 schemes"):
+        report.main([*options, "a.csv", "b.csv"])

@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from asl.losses import (
+        ASLSingleLabel,
         AsymmetricLoss,
         AsymmetricLossOptimized,
-        ASLSingleLabel,
         PartialSelectiveLoss,
         asymmetric_loss,
     )

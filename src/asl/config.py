@@ -80,8 +80,7 @@ class Config:
     )
     machine_generated: float | None = _data(
         None,
-        "openimages: also the machine's labels of at least this confidence; default: none",
-        scripts="train validate",
+        "openimages: train also on the machine's labels of at least this confidence",
         at_least=0,
         at_most=1,
     )
@@ -269,8 +268,7 @@ _FROM_CHECKPOINT = (
     "data",
     "dataset",
     "val_split",
-    *("all_images", "val_difficult", "machine_generated", "class_list"),
-    *("val_share", "split_seed", "image_folder"),
+    *("all_images", "val_difficult", "class_list", "val_share", "split_seed", "image_folder"),
     "missing_images",
     "image_size",
     "model_name",

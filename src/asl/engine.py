@@ -62,7 +62,7 @@ class Training:
             total_steps=config.epochs * steps_per_epoch,
             pct_start=config.pct_start,
         )
-        self.precision = precision(config.amp, device)
+        self.precision = precision(config.amp, device, training=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.grad_clip = config.grad_clip
         self.ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=config.ema_warmup)
@@ -198,7 +198,8 @@ def fit(config: Config) -> Path:
                 if (epoch + 1) % config.val_every == 0 or epoch + 1 == last_epoch:
                     models = {"ema": training.ema.module, "regular": model}
                     bar = _progress(val_batches, 0, "validation")
-                    scores = score(models.values(), until_signal(bar), prepare, training.precision)
+                    dtype = precision(config.amp, device, training=False)
+                    scores = score(models.values(), until_signal(bar), prepare, dtype)
                     row |= _figures(dict(zip(models, scores, strict=True)), val_set, config)
             except Interrupted:
                 run.save(training, epoch, losses)
@@ -221,7 +222,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     dataset = _annotations(config, "val", classes)
     names = _display_names(config, classes)
     batches = _progress(_batches(config, dataset, device), 0, "validation")
-    dtype = precision(config.amp, device)
+    dtype = precision(config.amp, device, training=False)
     [scores] = score([model], batches, _prepare(model, device), dtype)
     figures = evaluate_scores(
         scores,
@@ -256,7 +257,8 @@ def predict(config: Config) -> list[dict[str, Any]]:
     names = _display_names(config, classes)
     images = Annotations.unlabelled(*find_images(config.pic_path), classes)
     batches = _progress(_batches(config, images, device), 0, "images")
-    [scores] = score([model], batches, _prepare(model, device), precision(config.amp, device))
+    dtype = precision(config.amp, device, training=False)
+    [scores] = score([model], batches, _prepare(model, device), dtype)
     top_scores, top_classes = scores.topk(min(config.top_k or 10, len(classes)))
     return [
         {
@@ -309,18 +311,19 @@ def pick_device(name: str = "") -> torch.device:
     return device
 
 
-def precision(amp: str, device: torch.device) -> torch.dtype | None:
+def precision(amp: str, device: torch.device, training: bool) -> torch.dtype | None:
     """The type that the forward pass computes in; None for float32 throughout.
 
-    "auto" is bfloat16 where the device computes in it, on older GPUs float16 (with a loss scale),
-    elsewhere float32.
+    "auto" on a GPU is bfloat16, or on older ones float16 with a loss scale. On a CPU that has
+    bfloat16 instructions it is bfloat16 for scores, where it takes about half the time, and float32
+    for training, where depthwise convolutions in bfloat16 take up to twice as long
+    (bench/precision.py).
     """
+    if amp == "auto" and device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
     if amp == "auto":
-        if device.type == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-            return torch.bfloat16 if native else torch.float16
-        # A CPU without bfloat16 units emulates them, slower than it computes float32.
-        known = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        known = torch.cpu.get_capabilities() if device.type == "cpu" and not training else {}
         native = known.get("avx512_bf16", False) or known.get("amx_bf16", False)
         return torch.bfloat16 if native else None
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
@@ -447,7 +450,7 @@ def _split(config: Config, role: str) -> str:
 
 
 # Settings that go to the reader as they are; one that it does not have must be None.
-_READER_OPTIONS = ("image_folder", "machine_generated", "class_list", "val_share", "split_seed")
+_READER_OPTIONS = ("image_folder", "class_list", "val_share", "split_seed")
 
 
 def _annotations(config: Config, role: str, classes: Sequence[str] | None = None) -> Annotations:
@@ -465,6 +468,7 @@ def _annotations(config: Config, role: str, classes: Sequence[str] | None = None
         cache_dir=cache_folder(),
         difficult=difficult,
         all_images=config.all_images or None,
+        machine_generated=config.machine_generated if role == "train" else None,
         **{name: getattr(config, name) for name in _READER_OPTIONS},
     )
     if classes is not None:

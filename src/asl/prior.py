@@ -1,12 +1,12 @@
 """The prior of a class: how often it is present, as a model trained on partial labels sees it.
 
 Labels that are known in part do not tell how frequent a class is, so the CSL paper (arXiv
-2110.10955, section 3.4) trains a temporary model that ignores the cells not annotated, and takes
+2110.10955) trains a temporary model that ignores the cells not annotated, and takes
 the mean of its scores over the training set. The file is that of the official code:
 
 Classes,avg_pred
-person,0.5474
-bicycle,0.0398
+person,0.5502
+bicycle,0.0279
 """
 
 import csv
@@ -80,26 +80,25 @@ def read_prior(path: str | Path, classes: Sequence[str]) -> Tensor:
     A last row without a class name (empty, or a bare number that is no class) is ignored with a
     warning: official files end with one. Columns other than the two of the format do not count.
 
-    Raises `DataError` that names file, row and class for a class that is missing, unknown or given
-    twice and for a value that is not a number in [0, 1].
+    Raises `DataError` that names the file, the class and, if it has one, the row, where a class is
+    missing, unknown or given twice, or its value is not a number in [0, 1].
     """
     path = Path(path)
     header, *rows = [*csv.reader(read_lines(path))] or [[]]
     if not set(header) >= set(HEADER):
         raise DataError(f"{path}: the header is {','.join(header)!r}, not {','.join(HEADER)!r}")
     name_at, value_at = map(header.index, HEADER)
-    cells = {}
-    for number, row in enumerate(rows, start=2):
-        if row and len(row) != len(header):
+    numbered = {number: row for number, row in enumerate(rows, start=2) if row}
+    if numbered and _is_stray(numbered[last := max(numbered)], name_at, classes):
+        stray = ",".join(numbered.pop(last))
+        log.warning("%s: row %d has no class and is ignored: %s", path, last, stray)
+    for number, row in numbered.items():
+        if len(row) != len(header):
             raise DataError(f"{path}: row {number} has {len(row)} cells, not {len(header)}")
-        if row:
-            cells[number] = row[name_at], row[value_at]
-    if cells and _nameless(cells[last := max(cells)][0], classes):
-        log.warning("%s: row %d is of no class: %s (ignored)", path, last, ",".join(rows[last - 2]))
-        del cells[last]
 
     first: dict[str, int] = {}
-    for number, (name, _) in cells.items():
+    for number, row in numbered.items():
+        name = row[name_at]
         if first.setdefault(name, number) != number:
             raise DataError(f"{path}: row {number}: {name!r} is already in row {first[name]}")
     try:
@@ -109,12 +108,15 @@ def read_prior(path: str | Path, classes: Sequence[str]) -> Tensor:
     for at, (name, number) in enumerate(first.items()):
         if at not in found:
             raise DataError(f"{path}: row {number}: {name!r} is not a class of the data set")
-    values = [_share(value, f"{path}: row {n}, {name!r}") for n, (name, value) in cells.items()]
-    return torch.tensor(values)[found]
+    values = [
+        _share(numbered[n][value_at], f"{path}: row {n}, {name}") for name, n in first.items()
+    ]
+    return torch.tensor(values)[torch.from_numpy(found)]
 
 
-def _nameless(name: str, classes: Sequence[str]) -> bool:
-    return not name.strip() or (name.strip().isdecimal() and name not in classes)
+def _is_stray(row: Sequence[str], name_at: int, classes: Sequence[str]) -> bool:
+    name = "".join(row[name_at : name_at + 1]).strip()
+    return not name or (name.isdecimal() and name not in classes)
 
 
 def _share(text: str, place: str) -> float:

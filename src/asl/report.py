@@ -21,10 +21,13 @@ from torch import nn
 from tqdm import tqdm
 
 from asl.atomic import replacing
-from asl.data.annotations import PRESENT, Annotations
+from asl.data import READERS, default_split, read
+from asl.data.annotations import ABSENT, PRESENT, Annotations
 from asl.data.images import read_image
+from asl.data.partial import simulate
 from asl.errors import UsageError, reported
 from asl.losses import AsymmetricLoss, PartialSelectiveLoss
+from asl.prior import read_prior
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -290,6 +293,99 @@ def loss_curves(path: str | Path) -> None:
         figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
 
 
+def frequencies_text(
+    original: Annotations,
+    partial: Mapping[str, Annotations],
+    priors: Mapping[str, npt.ArrayLike],
+) -> str:
+    """How often each class is present, and what partial labels and priors say of it.
+
+    A line per class, the most frequent first (of more than 100 classes: the first and last 10), of
+    the images that it is present in and their share; for each `partial` version, by name, the cells
+    that it keeps (+ present, - absent); and each of the `priors` (C,), by name. Under it, for each
+    prior, how well it ranks the classes (Spearman), and the ten that it puts first.
+    """
+    share = original.counts(PRESENT) / len(original)
+    order = np.argsort(-share, kind="stable")
+    columns = {"images": original.counts(PRESENT), "share": share}
+    for name, kept in partial.items():
+        columns |= {f"{name} +": kept.counts(PRESENT), f"{name} -": kept.counts(ABSENT)}
+    columns |= {f"prior {name}": np.asarray(prior) for name, prior in priors.items()}
+    listed = order
+    if len(order) > MAX_CLASSES_IN_FULL:
+        listed = np.concatenate([order[:EXTREMES], order[-EXTREMES:]])
+    rows = [["class", *columns]]
+    for c in listed:
+        cells = (column[c] for column in columns.values())
+        rows.append(
+            [original.classes[c], *(f"{x:,}" if x.dtype.kind == "i" else f"{x:.4f}" for x in cells)]
+        )
+    lines = [f"{len(original):,} images, {original.num_classes:,} classes", "", *_aligned(rows)]
+    for name, prior in priors.items():
+        top = np.argsort(-np.asarray(prior), kind="stable")[:EXTREMES]
+        hits = len(np.intersect1d(top, order[:EXTREMES]))
+        lines += ["", f"prior {name}: rank correlation {_rank_correlation(share, prior):.3f}"]
+        lines.append(
+            f"top {len(top)} ({hits} rightly): " + ", ".join(original.classes[c] for c in top)
+        )
+    return "\n".join(lines)
+
+
+def frequency_picture(
+    original: Annotations,
+    partial: Mapping[str, Annotations],
+    priors: Mapping[str, npt.ArrayLike],
+    path: str | Path,
+) -> None:
+    """Draw the share of the images that each class is present in, the most frequent first.
+
+    One panel for each `partial` version: the true share, what is left of it, and the prior (C,) of
+    that name if there is one. Like the CSL paper's figure of class frequencies.
+    """
+    share = original.counts(PRESENT) / len(original)
+    order = np.argsort(-share, kind="stable")
+    left = {name: kept.counts(PRESENT) / len(kept) for name, kept in partial.items()}
+    drawn = np.concatenate([share, *left.values()])
+    lowest = drawn[drawn > 0].min(initial=1) / 2  # a class without images has no place on the scale
+    named = len(order) <= MAX_CLASSES_IN_FULL
+    width = max(9.0, 0.135 * len(order) * named)
+    x = np.arange(len(order))
+    with _figure(width, 2.3 * len(left) + 1.3 * named, path, layout="constrained") as figure:
+        grid = figure.subplots(len(left), sharex=True, sharey=True, squeeze=False)
+        for axes, name in zip(grid[:, 0], left, strict=True):
+            shown = [
+                axes.bar(x, 100 * share[order], 1, color=PALE_BLUE, label="all labels"),
+                *axes.plot(x, 100 * left[name][order], color=BLUE, label="labels that are left"),
+            ]
+            if name in priors:
+                prior = np.asarray(priors[name])
+                label = f"estimated prior (rank correlation {_rank_correlation(share, prior):.2f})"
+                dots = 15 if named else 1
+                shown.append(axes.scatter(x, 100 * prior[order], dots, color=ORANGE, label=label))
+            axes.set_title(name, loc="left")
+            axes.set(yscale="log", ylabel="% of the images")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.tick_params(axis="x", length=0)
+            axes.grid(visible=False, axis="x")
+            axes.legend(handles=shown, loc="lower right", bbox_to_anchor=(1, 0.99), ncols=3)
+        axes.set(xlim=(-0.5, len(order) - 0.5), ylim=(100 * lowest, 100))
+        if named:
+            axes.set_xticks(x, [original.classes[c] for c in order], rotation=90, size=7)
+        else:
+            axes.set_xlabel("classes, the most frequent first")
+
+
+def _rank_correlation(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
+    """Spearman's: that of the ranks, where equal values share the mean of theirs."""
+
+    def ranks(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+        mean_ranks: npt.NDArray[np.float64] = np.cumsum(counts) - (counts - 1) / 2
+        return mean_ranks[place]
+
+    return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
+
+
 @contextmanager
 def _figure(
     width: float, height: float, path: str | Path, layout: Any = None
@@ -365,13 +461,45 @@ def _percent(score: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: `python -m asl.report losses [--output FILE]`."""
+    """Draw pictures: `python -m asl.report {losses,frequencies} ...`."""
     parser = argparse.ArgumentParser(prog="python -m asl.report", description=main.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     losses = commands.add_parser("losses", help="draw the losses and their gradients")
     losses.add_argument("--output", default="pics/losses.png", help="default: %(default)s")
+    frequent = commands.add_parser(
+        "frequencies", help="draw and print class frequencies: of all labels, partial ones, priors"
+    )
+    frequent.add_argument("data", help="folder of the data set")
+    frequent.add_argument("--dataset", default="coco", help=f"{', '.join(READERS)}; default: coco")
+    frequent.add_argument("--split", help="default: the one to train on")
+    frequent.add_argument(
+        "--simulate-partial",
+        nargs="+",
+        default=["fpc:1000", "rps:0.5"],
+        metavar="SCHEME",
+        help="fpc:N or rps:P; default: fpc:1000 rps:0.5",
+    )
+    frequent.add_argument(
+        "--prior-path", nargs="+", default=[], metavar="CSV", help="for each scheme, its prior"
+    )
+    frequent.add_argument("--seed", type=int, default=0, help="of the simulation; default: 0")
+    frequent.add_argument("--output", default="pics/frequencies.png", help="default: %(default)s")
     chosen = parser.parse_args(arguments)
-    loss_curves(chosen.output)
+    if chosen.command == "losses":
+        loss_curves(chosen.output)
+    else:
+        schemes, paths = chosen.simulate_partial, chosen.prior_path
+        if len(paths) > len(schemes):
+            raise UsageError(f"{len(paths)} priors for {len(schemes)} schemes: one for each")
+        split = chosen.split or default_split(chosen.dataset, chosen.data, "train")
+        original = read(chosen.dataset, chosen.data, split)
+        partial = {scheme: simulate(original, scheme, chosen.seed) for scheme in schemes}
+        priors = {
+            scheme: read_prior(path, original.classes).numpy()
+            for scheme, path in zip(schemes, paths, strict=False)
+        }
+        print(frequencies_text(original, partial, priors))
+        frequency_picture(original, partial, priors, chosen.output)
     print(chosen.output)
 
 

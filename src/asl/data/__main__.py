@@ -20,6 +20,7 @@ def main(
     ],
     folder: Annotated[Path, tyro.conf.Positional],
     split: str = "",
+    image_folder: str | None = None,
     output: Path = Path("samples"),
     seed: int = 0,
 ) -> None:
@@ -29,11 +30,12 @@ def main(
         dataset: its layout (DATASETS.md)
         folder: where it lies
         split: the one to look at; default: all of them
+        image_folder: where the images are, from the data set's folder; default: as the layout says
         output: folder of the pictures
         seed: which twelve images
     """
     for name in [split] if split else splits(dataset, folder):
-        annotations = read(dataset, folder, name)
+        annotations = read(dataset, folder, name, image_folder=image_folder)
         print(describe(name, annotations))
         there = np.flatnonzero(files_exist(annotations))
         if len(there):
@@ -47,6 +49,7 @@ def describe(split: str, annotations: Annotations) -> str:
     """The figures of a split, a line each."""
     positives = annotations.counts(PRESENT)
     cells = len(annotations) * annotations.num_classes
+    labels = int(positives.sum())
     order = np.argsort(-positives, kind="stable")
     missing = np.flatnonzero(~files_exist(annotations))
     named = f": {annotations.path(missing[0])}, ..." if len(missing) else ""
@@ -55,7 +58,7 @@ def describe(split: str, annotations: Annotations) -> str:
         f"  images              {len(annotations):,} in {annotations.root}",
         f"  missing files       {len(missing):,}{named}",
         f"  classes             {annotations.num_classes:,}",
-        f"  labels              {positives.sum():,}, {positives.sum() / len(annotations):.2f} an image",
+        f"  labels              {labels:,}, {labels / len(annotations):.2f} an image",
     ]
     unannotated = int(annotations.counts(UNANNOTATED).sum())
     if unannotated:

@@ -1,4 +1,4 @@
-"""Partial labels from full ones, as the CSL paper (arXiv 2110.10955, section 4) simulates them.
+"""Partial labels from full ones, as the CSL paper (arXiv 2110.10955) simulates them.
 
 Both schemes hide labels: a hidden cell becomes -1, and nothing in the result tells what it was.
 Cells that were not annotated to begin with stay so. What is kept is drawn class by class, each from
@@ -42,7 +42,8 @@ def fixed_per_class(annotations: Annotations, n: int, seed: int) -> Annotations:
 
     A class with fewer than `n` images keeps all its k present cells and k absent ones: the paper
     takes as many of either, so a rare class is rare among the known cells as well. One without any
-    image ends up not annotated. With the same seed a smaller `n` keeps some of the same cells.
+    image ends up not annotated. With the same seed, a smaller `n` keeps a part of what a larger one
+    keeps.
     """
 
     def choose(random: np.random.Generator, present: Rows, absent: Rows) -> tuple[Rows, Rows]:
