@@ -25,13 +25,15 @@ def main() -> None:
     config = parse("validate", "Measure a checkpoint on a data set.", read_checkpoint=load)
 
     from asl import report
-    from asl.engine import evaluate
+    from asl.engine import estimate_prior, evaluate
 
     figures = evaluate(config)
     print(report.evaluation_text(figures))
     if config.json:
         report.write_json(figures, config.json)
         print(f"all figures: {config.json}")
+    if config.estimate_prior:
+        print(f"prior: {estimate_prior(config)}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import nn
 
 from asl import checkpoint
 from asl.config import Config
-from asl.engine import Training, fit, pick_device, precision, score
+from asl.engine import Training, create_loss, fit, pick_device, precision, score
 from asl.errors import Interrupted, TrainingError, UsageError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -31,7 +31,8 @@ def golden_network():
 
 
 def training_of(model, **settings):
-    return Training(model, Config(amp="off", **settings), steps_per_epoch=5, device=CPU)
+    config = Config(**{"amp": "off", **settings})
+    return Training(model, create_loss(config), config, steps_per_epoch=5, device=CPU)
 
 
 def states_of(tensors, name):
@@ -184,8 +185,7 @@ def test_bfloat16_steps_stay_near_those_in_float32():
     losses = []
     for amp in ("off", "bf16"):
         torch.manual_seed(1)
-        config = Config(amp=amp, lr=1e-2, epochs=1)
-        training = Training(golden_network(), config, steps_per_epoch=5, device=CPU)
+        training = training_of(golden_network(), amp=amp, lr=1e-2, epochs=1)
         losses.append([training.step(images, targets).item() for _ in range(3)])
         assert all(p.dtype == torch.float32 for p in training.model.parameters())
     assert losses[0] != losses[1]

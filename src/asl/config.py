@@ -63,7 +63,9 @@ class Config:
     dataset: Literal["coco", "voc", "nus_wide", "openimages", "table", "shapes"] = _data(
         "coco", "its layout (DATASETS.md)", scripts="train validate"
     )
-    train_split: str = _data("", "split to train on; empty: the usual one of the data set")
+    train_split: str = _data(
+        "", "split to train on; empty: the usual one of the data set", scripts="train validate"
+    )
     val_split: str = _data(
         "",
         "split to validate on; empty: the usual one of the data set",
@@ -107,6 +109,12 @@ class Config:
         "folder of the images, from DATA; default: that of the layout",
         scripts="train validate",
     )
+    simulate_partial: str | None = _data(
+        None,
+        "hide training labels: fpc:N keeps N positives and negatives per class, rps:P hides a cell "
+        "with probability P",
+    )
+    partial_seed: int = _data(0, "which labels are hidden, whatever --seed is", at_least=0)
     missing_images: Literal["error", "skip"] = _data(
         "error",
         "listed images whose file is not there: stop, or leave them out",
@@ -161,8 +169,31 @@ class Config:
         None, "probability margin m of asl; default: 0.05", at_least=0, at_most=0.99
     )
 
-    unannotated: Literal["ignore", "negative"] = _loss(
-        "ignore", "cells that are not annotated: no loss, or that of a negative"
+    adaptive_gamma: float | None = _loss(
+        None,
+        "gap of scores between positives and negatives towards which gamma_neg is moved",
+        above=-1,
+        at_most=0.99,
+    )
+    adaptive_step: float = _loss(0.005, "how fast adaptive_gamma moves it", above=0)
+    unannotated: Literal["ignore", "negative", "selective"] = _loss(
+        "ignore",
+        "cells that are not annotated: no loss, that of a negative, or that of a negative but for "
+        "classes and cells that are likely present (CSL)",
+    )
+    gamma_unann: float | None = _loss(
+        None, "their focusing; default: that of the negatives", at_least=0
+    )
+    likelihood_topk: int = _loss(
+        5, "selective: cells per image, on average, that count as likely present", at_least=0
+    )
+    prior_path: str = _loss(
+        "",
+        "selective: CSV of how frequent each class is (validate.py --estimate-prior), or the word "
+        "estimate, to train a model that tells first",
+    )
+    prior_threshold: float = _loss(
+        0.5, "selective: classes more frequent than this are likely present", at_least=0, at_most=1
     )
 
     optimizer: Literal["adam", "adamw"] = _optimisation(
@@ -208,6 +239,11 @@ class Config:
     )
     pic_path: str = _evaluation("", "an image or a folder of images", scripts="infer")
     json: str = _evaluation("", "also write the result to this file", scripts="validate infer")
+    estimate_prior: str = _evaluation(
+        "",
+        "write the mean score of each class over the training split to this CSV",
+        scripts="validate",
+    )
     dataset_type: Literal["MS-COCO", "NUS-WIDE", "PASCAL-VOC", "OpenImages"] | None = _evaluation(
         None, "of an official checkpoint: OpenImages has the bottleneck head", scripts="infer"
     )
@@ -221,6 +257,9 @@ class Config:
     )
     resume: bool = _run(False, "go on from the last checkpoint of the run folder")
     overwrite: bool = _run(False, "start anew in a folder that already holds a run")
+    running_prior: bool = _run(
+        False, "keep the mean score of each class during training, in prior.csv"
+    )
     seed: int = _run(0, "of everything random", at_least=0, at_most=2**31 - 1)
     device: str = _run(
         "", "cuda, cuda:1, mps, cpu; default: the first that is there", scripts=_EVERYWHERE
@@ -240,6 +279,8 @@ class Config:
             raise UsageError("loss focal takes equal gamma_neg and gamma_pos and no clip")
         if self.loss == "bce" and (gamma_neg or gamma_pos or clip):
             raise UsageError("loss bce takes neither gamma_neg, gamma_pos nor clip")
+        if self.prior_path and self.unannotated != "selective":
+            raise UsageError("prior_path has a meaning for unannotated selective alone")
         if self.pretrained and self.model_path:
             raise UsageError("model_path and pretrained both name weights to start from: drop one")
 
@@ -267,6 +308,7 @@ _ASYMMETRY = {"asl": (4.0, 0.0, 0.05), "focal": (2.0, 2.0, 0.0), "bce": (0.0, 0.
 _FROM_CHECKPOINT = (
     "data",
     "dataset",
+    "train_split",
     "val_split",
     *("all_images", "val_difficult", "class_list", "val_share", "split_seed", "image_folder"),
     "missing_images",

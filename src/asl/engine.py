@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
 from types import FrameType
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from asl import __version__, checkpoint, report
+from asl.adaptive import AdaptiveAsymmetry
 from asl.atomic import replacing
 from asl.config import Config
 from asl.data import default_split, read
@@ -30,10 +31,12 @@ from asl.data.annotations import UNANNOTATED, Annotations, without_missing
 from asl.data.classes import match_classes, read_descriptions
 from asl.data.images import find_images
 from asl.data.loader import Batches
+from asl.data.partial import simulate
 from asl.errors import DataError, Interrupted, TrainingError, UsageError
-from asl.losses import AsymmetricLossOptimized, PartialSelectiveLoss
+from asl.losses import AsymmetricLoss, AsymmetricLossOptimized, PartialSelectiveLoss
 from asl.metrics import Protocol, evaluate_scores, f1_scores, mean_average_precision
 from asl.models import create_model, load_model, normalization
+from asl.prior import RunningPrior, read_prior, write_prior
 
 T = TypeVar("T")
 Batch = tuple[Tensor, Tensor]
@@ -47,24 +50,31 @@ class Training:
     def __init__(
         self,
         model: nn.Module,
+        loss: nn.Module,
         config: Config,
         steps_per_epoch: int,
         device: torch.device,
-        partial: bool = False,
     ) -> None:
         self.model, self.device = model, device
         self.forward = torch.compile(model) if config.compile else model
-        self.loss = create_loss(config, partial)
+        self.loss = loss.to(device)
         self.optimizer = create_optimizer(model, config)
+        total = config.epochs * steps_per_epoch
+        # torch divides by zero where the rise is exactly one step long.
+        one_step = math.isclose(config.pct_start * total, 1)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer,
             max_lr=config.lr,
-            total_steps=config.epochs * steps_per_epoch,
-            pct_start=config.pct_start,
+            total_steps=total,
+            pct_start=1.001 / total if one_step else config.pct_start,
         )
         self.precision = precision(config.amp, device, training=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.grad_clip = config.grad_clip
+        self.running_prior: RunningPrior | None = None
+        if config.running_prior:
+            num_classes: int = model.num_classes  # type: ignore[assignment]  # timm's models say
+            self.running_prior = RunningPrior(num_classes).to(device)
         self.ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=config.ema_warmup)
         self.steps = 0
 
@@ -87,6 +97,8 @@ class Training:
         self.optimizer.zero_grad()
         self.schedule.step()
         self.steps += 1
+        if self.running_prior is not None:
+            self.running_prior.update(logits)
         # timm counts steps for the warm-up only: given them without one, it skips the first.
         self.ema.update(self.model, step=self.steps if self.ema.use_warmup else None)
         return loss.detach()
@@ -107,6 +119,8 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "loss": self.loss.state_dict(),
+            "running_prior": self.running_prior and self.running_prior.state_dict(),
             "steps": self.steps,
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device) if on_cuda else None,
@@ -119,25 +133,42 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
+        self.loss.load_state_dict(state["loss"])
+        if self.running_prior is not None:
+            self.running_prior.load_state_dict(state["running_prior"])
         self.steps = state["steps"]
         torch.set_rng_state(state["random"])
         if state["random_cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
 
 
-def create_loss(config: Config, partial: bool) -> nn.Module:
-    """The loss for targets in {1, 0}, or in {1, 0, -1} if the training set is `partial`.
+def create_loss(config: Config, partial: bool = False, prior: Tensor | None = None) -> nn.Module:
+    """The loss for targets in {1, 0}, or in {1, 0, -1} where the training set is `partial`.
 
-    Focusing weights are detached: the official training script's choice, and always so in CSL.
+    `prior` is that of CSL, (C,) in [0, 1]. Focusing weights are detached: the official training
+    scripts' choice.
     """
     gamma_neg, gamma_pos, clip = config.asymmetry
-    if not partial:
-        return AsymmetricLossOptimized(
+    loss: AsymmetricLoss | PartialSelectiveLoss
+    if partial:
+        unannotated = gamma_neg if config.gamma_unann is None else config.gamma_unann
+        loss = PartialSelectiveLoss(
+            config.unannotated,
+            gamma_pos,
+            gamma_neg,
+            unannotated,
+            clip=clip,
+            likelihood_topk=config.likelihood_topk,
+            prior=prior,
+            prior_threshold=config.prior_threshold,
+        )
+    else:
+        loss = AsymmetricLossOptimized(
             gamma_neg, gamma_pos, clip, disable_torch_grad_focal_loss=True
         )
-    return PartialSelectiveLoss(
-        config.unannotated, gamma_pos, gamma_neg, gamma_unann=gamma_neg, clip=clip
-    )
+    if config.adaptive_gamma is None:
+        return loss
+    return AdaptiveAsymmetry(loss, config.adaptive_gamma, config.adaptive_step)
 
 
 def create_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -167,8 +198,12 @@ def fit(config: Config) -> Path:
     Raises `UsageError` and `DataError` for what is wrong with the input, `TrainingError` when the
     loss is no longer finite, and `Interrupted` on SIGINT and SIGTERM, after last.pt was written.
     """
+    if config.prior_path == "estimate":
+        config = _with_estimated_prior(config)
     device = pick_device(config.device)
     train_set = _annotations(config, "train")
+    if config.simulate_partial is not None:
+        train_set = simulate(train_set, config.simulate_partial, config.partial_seed)
     val_set = _annotations(config, "val", train_set.classes)
     batches = _batches(config, train_set, device, shuffle=True, augment=config.augment)
     val_batches = _batches(config, val_set, device)
@@ -176,7 +211,9 @@ def fit(config: Config) -> Path:
     model = _on(device, _new_model(config, train_set.num_classes))
     prepare = _prepare(model, device)
     partial = bool(train_set.counts(UNANNOTATED).any())
-    training = Training(model, config, len(batches), device, partial)
+    prior = read_prior(config.prior_path, train_set.classes) if config.prior_path else None
+    loss = create_loss(config, partial, prior)
+    training = Training(model, loss, config, len(batches), device)
     run = _Run(config, train_set.classes)
     first_epoch, losses = run.restore(training) if config.resume else (0, [])
     last_epoch = min(config.stop_epoch, config.epochs)
@@ -188,8 +225,8 @@ def fit(config: Config) -> Path:
                 for images, targets in until_signal(bar):
                     losses.append(training.step(prepare(images), targets.to(device)))
                     if len(losses) % config.print_freq == 0:
-                        loss = _finite(losses, epoch)[-1]
-                        bar.set_postfix(loss=f"{loss:.1f}", lr=f"{training.lr:.1e}")
+                        latest = _finite(losses, epoch)[-1]
+                        bar.set_postfix(loss=f"{latest:.1f}", lr=f"{training.lr:.1e}")
                 row = {
                     "epoch": epoch + 1,
                     "lr": training.lr,
@@ -204,6 +241,8 @@ def fit(config: Config) -> Path:
             except Interrupted:
                 run.save(training, epoch, losses)
                 raise
+            if isinstance(loss, AdaptiveAsymmetry):
+                row |= {"gap": loss.gap.item(), "gamma_neg": loss.gamma_neg.item()}
             losses = []
             run.end_epoch(training, row)
     report.curves(run.history, run.folder / "curves.png")
@@ -241,6 +280,43 @@ def evaluate(config: Config) -> dict[str, Any]:
         **figures,
         **provenance(),
     }
+
+
+def estimate_prior(config: Config) -> Path:
+    """Write the mean score of every class over the training split to `config.estimate_prior`.
+
+    That is the prior of CSL, if the model was trained with unannotated cells ignored. The labels of
+    the split are not looked at. Returns the path.
+    """
+    device = pick_device(config.device)
+    model, classes, _ = _trained_model(config, device)
+    batches = _progress(
+        _batches(config, _annotations(config, "train", classes), device), 0, "prior"
+    )
+    dtype = precision(config.amp, device, training=False)
+    [scores] = score([model], batches, _prepare(model, device), dtype)
+    write_prior(config.estimate_prior, classes, scores.mean(0))
+    return Path(config.estimate_prior)
+
+
+def _with_estimated_prior(config: Config) -> Config:
+    """Train a model that ignores unannotated cells, in the run's folder `prior`, and ask it."""
+    folder = _run_folder(config)
+    path = folder / "prior" / "prior.csv"
+    if not path.exists():
+        first = replace(
+            config,
+            unannotated="ignore",
+            prior_path="",
+            output=str(path.parent),
+            overwrite=True,
+            resume=config.resume and (path.parent / "last.pt").exists(),
+        )
+        best = fit(first) / "best.pt"
+        estimate_prior(
+            replace(first, model_path=str(best), pretrained=False, estimate_prior=str(path))
+        )
+    return replace(config, prior_path=str(path), output=str(folder))
 
 
 def predict(config: Config) -> list[dict[str, Any]]:
@@ -387,6 +463,8 @@ class _Run:
         self.history.append(row)
         with replacing(self.folder / "metrics.jsonl") as file:
             file.writelines(json.dumps(row).encode() + b"\n" for row in self.history)
+        if training.running_prior is not None:
+            write_prior(self.folder / "prior.csv", self.classes, training.running_prior.prior)
         if self.config.tensorboard:
             self._to_tensorboard(row)
         if "mAP_ema" in row and _best_map(row) > max(earlier, default=-1.0):

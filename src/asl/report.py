@@ -48,8 +48,8 @@ _LEFT_OUT = {
     "official": (),
 }
 _PROTOCOLS = {
-    "full": "full annotation",
-    "partial": "partial annotation: cells that are not annotated do not count",
+    "full": "full, or nearly so: only classes without a positive are left out",
+    "partial": "partial: only classes with a verified positive and negative count",
     "official": "official: a class without positives counts as AP 0",
 }
 
@@ -68,8 +68,8 @@ def evaluation_text(figures: Mapping[str, Any]) -> str:
     """The report on what `metrics.evaluate_scores` returned.
 
     Says first which checkpoint was measured on which data, where `figures` tells ("checkpoint",
-    "weights", "dataset", "split", "image_size"). Of more than 100 classes, only the 10 best and the
-    10 worst are listed.
+    "weights", "dataset", "split", "image_size", "evaluated_as"). Of more than 100 classes, only the
+    10 best and the 10 worst are listed.
     """
     classes = figures["per_class"]
     lines = []
@@ -78,7 +78,9 @@ def evaluation_text(figures: Mapping[str, Any]) -> str:
         data = f"{figures['dataset']} {figures['split']} at {figures['image_size']} px"
         lines.append(f"data        {data}")
     lines.append(f"evaluated   {figures['images']:,} images, {len(classes):,} classes")
-    lines.append(f"protocol    {_PROTOCOLS[figures['protocol']]}")
+    if "evaluated_as" in figures:
+        lines.append(f"protocol    {figures['evaluated_as']}")
+    lines.append(f"annotation  {_PROTOCOLS[figures['protocol']]}")
     left_out = []
     for what in _LEFT_OUT[figures["protocol"]]:
         if names := figures[f"classes_without_{what}"]:
