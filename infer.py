@@ -33,8 +33,10 @@ def main() -> None:
     if config.json:
         report.write_json(predictions, config.json)
         print(f"all labels: {config.json}")
-    folder = report.draw_predictions(predictions, config.output or "predictions", config.threshold)
-    print(f"pictures: {folder}")
+    if config.draw:
+        folder = config.output or "predictions"
+        report.draw_predictions(predictions, folder, config.threshold)
+        print(f"pictures: {folder}")
 
 
 if __name__ == "__main__":

@@ -198,8 +198,8 @@ def test_pictures_of_images_of_the_same_name_do_not_meet(tmp_path):
         Image.new("RGB", (40, 30)).save(file)
     predictions = [{"file": str(file), "labels": prediction(0.9)} for file in files]
     before = files[2].read_bytes()
-    folder = report.draw_predictions(predictions, tmp_path, 0.5)
-    drawn = sorted(str(p.relative_to(folder)) for p in folder.rglob("*.*.png"))
+    report.draw_predictions(predictions, tmp_path, 0.5)
+    drawn = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.*.png"))
     assert drawn == ["a/1.jpg.png", "b/1.jpg.png", "b/1.png.png"]
     assert files[2].read_bytes() == before
 
@@ -340,3 +340,8 @@ def test_the_command_frequencies_reads_any_data_set_and_priors_by_name(tmp_path,
     assert pixels(tmp_path / "a.png").size
     with pytest.raises(UsageError, match="2 priors for 1 schemes"):
         report.main([*options, "a.csv", "b.csv"])
+
+
+def test_evaluation_text_names_the_protocol_of_the_data_set():
+    measured = {**figures(), "evaluated_as": "voc: difficult objects ignored"}
+    assert "protocol    voc: difficult objects ignored" in report.evaluation_text(measured)

@@ -92,6 +92,12 @@ def test_inference_on_an_image_and_on_a_folder_give_the_same_labels(trained, sma
         *("--th", 0.3, "--json", "one.json", "--output", "one"),
         cwd=cwd,
     )
+    run(
+        *("infer.py", "--model-path", "run/best.pt", "--pic-path", images[3], "--no-draw"),
+        *("--output", "none"),
+        cwd=cwd,
+    )
+    assert not (cwd / "none").exists()
     everything = json.loads((cwd / "all.json").read_text())
     [one] = json.loads((cwd / "one.json").read_text())
     assert [Path(each["file"]).name for each in everything] == [image.name for image in images]

@@ -244,6 +244,7 @@ class Config:
         "write the mean score of each class over the training split to this CSV",
         scripts="validate",
     )
+    draw: bool = _evaluation(True, "draw every image beside its labels", scripts="infer")
     dataset_type: Literal["MS-COCO", "NUS-WIDE", "PASCAL-VOC", "OpenImages"] | None = _evaluation(
         None, "of an official checkpoint: OpenImages has the bottleneck head", scripts="infer"
     )

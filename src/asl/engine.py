@@ -316,7 +316,8 @@ def _with_estimated_prior(config: Config) -> Config:
         estimate_prior(
             replace(first, model_path=str(best), pretrained=False, estimate_prior=str(path))
         )
-    return replace(config, prior_path=str(path), output=str(folder))
+    resume = config.resume and (folder / "last.pt").exists()
+    return replace(config, prior_path=str(path), output=str(folder), resume=resume)
 
 
 def predict(config: Config) -> list[dict[str, Any]]:
@@ -508,7 +509,7 @@ def _run_folder(config: Config) -> Path:
     """Where the run lives, or lived that is resumed; refuses to overwrite one unasked."""
     if config.output:
         folder = Path(config.output)
-        taken = (folder / "last.pt").exists()
+        taken = (folder / "last.pt").exists() or (folder / "prior").exists()
     else:
         name = Path(config.config).stem or f"{config.dataset}_{config.model_name}"
         folders = [Path("runs", name), *(Path("runs", f"{name}-{n}") for n in range(2, 1000))]
@@ -554,7 +555,7 @@ def _annotations(config: Config, role: str, classes: Sequence[str] | None = None
     if config.num_classes not in (None, found.num_classes):
         raise UsageError(f"num_classes is {config.num_classes}, but there are {found.num_classes}")
     there, skipped = without_missing(found, config.missing_images)
-    note = f" ({skipped:,} missing ones skipped)" if skipped else ""
+    note = f" ({skipped:,} missing, skipped)" if skipped else ""
     print(f"{split}: {len(there):,} images{note}, {found.num_classes} classes")
     return there
 
@@ -630,8 +631,15 @@ def _prepare(model: nn.Module, device: torch.device) -> Prepare:
 
 
 def _progress(batches: Batches, epoch: int, title: str, start: int = 0) -> "tqdm[Batch]":
+    """The batches of an epoch behind a progress bar that counts images."""
     return tqdm(
-        batches.epoch(epoch, start), title, len(batches), initial=start, unit="batch", leave=False
+        batches.epoch(epoch, start),
+        title,
+        len(batches),
+        initial=start,
+        unit="img",
+        unit_scale=batches.batch_size,
+        leave=False,
     )
 
 
@@ -652,7 +660,9 @@ def _evaluated_as(config: Config) -> str:
     if config.dataset == "coco":
         return "coco: all images" if config.all_images else "coco: annotated images only (official)"
     if config.dataset == "voc":
-        return f"voc: difficult objects {config.val_difficult or 'ignore'}"
+        if config.val_difficult in (None, "ignore"):
+            return "voc: difficult objects ignored (official)"
+        return f"voc: difficult objects taken as {config.val_difficult}"
     return {
         "openimages": "openimages: verified labels only (official)",
         "nus_wide": "nus_wide: all listed images (official)",

@@ -138,8 +138,8 @@ def write_json(value: Any, path: str | Path) -> None:
 
 def draw_predictions(
     predictions: Sequence[Mapping[str, Any]], folder: str | Path, threshold: float
-) -> Path:
-    """Draw every prediction with `prediction_picture` into `folder`, and return that.
+) -> None:
+    """Draw every prediction with `prediction_picture` into `folder`.
 
     The pictures keep the layout of sub-folders and the whole name of the image ("a/1.jpg" becomes
     "a/1.jpg.png"), so no two of them meet. About 0.4 s each.
@@ -150,7 +150,6 @@ def draw_predictions(
     for file, prediction in zip(tqdm(files, "pictures", leave=False), predictions, strict=True):
         picture = folder / file.relative_to(root).with_name(f"{file.name}.png")
         prediction_picture(file, prediction["labels"], picture, threshold)
-    return folder
 
 
 def prediction_picture(

@@ -40,7 +40,7 @@ class Batches:
         pin_memory: bool = False,
     ) -> None:
         workers = default_workers() if workers is None else workers
-        self.annotations = annotations
+        self.batch_size = batch_size
         self._order = _Order(len(annotations), batch_size, shuffle, seed)
         self._loader = DataLoader(
             _Samples(annotations, image_size, augment, seed),
