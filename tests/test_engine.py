@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import nn
 from asl import checkpoint
 from asl.config import Config
 from asl.engine import Training, create_loss, fit, pick_device, precision, score
-from asl.errors import Interrupted, TrainingError, UsageError
+from asl.errors import DataError, Interrupted, TrainingError, UsageError
 
 GOLDEN = Path(__file__).parent / "golden"
 CPU = torch.device("cpu")
@@ -82,11 +83,10 @@ def settings(root, output, **more):
         image_size=48,
         batch_size=8,
         lr=1e-3,
-        ema_decay=0.9,
         epochs=3,
         amp="off",
         output=str(output),
-        **{"workers": 0, **more},
+        **{"workers": 0, "ema_decay": 0.9, **more},
     )
 
 
@@ -221,3 +221,49 @@ def test_a_device_that_is_not_there_is_an_error_of_usage():
     if not torch.cuda.is_available():
         with pytest.raises(UsageError, match="cuda"):
             pick_device("cuda")
+
+
+@pytest.mark.parametrize("option", [{"ema_warmup": True}, {"ema_decay": 0.5}])
+def test_every_option_of_the_average_changes_it(option, small_shapes, tmp_path):
+    folders = [
+        fit(settings(small_shapes, tmp_path / name, stop_epoch=1, **more))
+        for name, more in (("usual", {}), ("other", option))
+    ]
+    usual, other = (checkpoint.load(folder / "last.pt") for folder in folders)
+    name = next(iter(usual["ema"]))
+    assert torch.equal(usual["regular"][name], other["regular"][name])
+    assert not torch.equal(usual["ema"][name], other["ema"][name])
+
+
+def test_validation_can_be_rarer_than_epochs(small_shapes, tmp_path):
+    run = fit(settings(small_shapes, tmp_path, val_every=2))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert ["mAP_ema" in row for row in rows] == [False, True, True]
+
+
+def test_tensorboard_gets_the_figures_when_asked(small_shapes, tmp_path):
+    run = fit(settings(small_shapes, tmp_path / "with", stop_epoch=1, tensorboard=True))
+    assert list(run.glob("events.out.tfevents.*"))
+    run = fit(settings(small_shapes, tmp_path / "without", stop_epoch=1))
+    assert not list(run.glob("events.*"))
+
+
+def test_missing_images_end_a_run_before_it_starts_or_are_left_out(small_shapes, tmp_path, capsys):
+    root = tmp_path / "data"
+    shutil.copytree(small_shapes, root)
+    gone = sorted((root / "train2014").iterdir())[7]
+    gone.unlink()
+    with pytest.raises(DataError, match=f"1 of 40 images are missing: {gone}"):
+        fit(settings(root, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    fit(settings(root, tmp_path / "run", stop_epoch=1, missing_images="skip"))
+    assert "39 images (1 missing, skipped)" in capsys.readouterr().out
+
+
+def test_an_image_that_cannot_be_read_is_named_also_by_a_worker(small_shapes, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(small_shapes, root)
+    broken = sorted((root / "train2014").iterdir())[7]
+    broken.write_bytes(broken.read_bytes()[:500])
+    with pytest.raises(DataError, match=rf"^{broken}: [^\n]+$"):
+        fit(settings(root, tmp_path / "run", workers=1))

@@ -284,3 +284,15 @@ def test_real_pretrained_weights_load_with_a_new_head():
     assert loaded.fresh == ("classifier.weight", "classifier.bias")
     assert "1,000 classes (linear), the model's is for 20" in str(loaded)
     assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 20)
+
+
+@pytest.mark.parametrize("head", ["linear", "bottleneck"])
+def test_a_new_head_begins_small_so_that_it_does_not_undo_the_backbone(head):
+    model = create_model("tf_efficientnet_lite0", 20, head)
+    layers = [
+        m for m in model.get_submodule("classifier").modules() if isinstance(m, torch.nn.Linear)
+    ]
+    assert len(layers) == (1 if head == "linear" else 2)
+    for layer in layers:
+        assert layer.weight.std().item() == pytest.approx(0.01, rel=0.1)
+        assert not layer.bias.any()

@@ -44,8 +44,6 @@ class BottleneckHead(nn.Module):
         super().__init__()
         self.embedding_generator = nn.Sequential(nn.Linear(in_features, width))
         self.FC = nn.Linear(width, num_classes)
-        for layer in (self.embedding_generator[0], self.FC):
-            nn.init.normal_(layer.get_parameter("weight"), std=0.01)  # official TResNet code
 
     def forward(self, features: Tensor) -> Tensor:
         """Map pooled features (B, F) to logits (B, C)."""
@@ -95,7 +93,20 @@ def create_model(
         if not isinstance(linear, nn.Linear):
             raise UsageError(f"{name} does not end in a linear layer: it has no bottleneck head")
         model.set_submodule(last[0], BottleneckHead(linear.in_features, num_classes))
+    for layer in _head_layers(model):
+        _draw_head(model.get_submodule(layer))
     return model
+
+
+def _draw_head(head: nn.Module) -> None:
+    # As the official TResNet code draws all linear layers. Some of timm's heads begin ten times as
+    # large (EfficientNet): under a loss that is summed over classes, the first steps then undo what
+    # the backbone has learned (VOC 2007 at 160 px: 59 mAP, not 76).
+    for layer in head.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=0.01)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 def normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:

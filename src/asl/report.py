@@ -48,8 +48,8 @@ _LEFT_OUT = {
     "official": (),
 }
 _PROTOCOLS = {
-    "full": "full, or nearly so: only classes without a positive are left out",
-    "partial": "partial: only classes with a verified positive and negative count",
+    "full": "full: every class with a positive counts",
+    "partial": "partial: every class with an annotated positive and negative counts",
     "official": "official: a class without positives counts as AP 0",
 }
 
