@@ -123,8 +123,10 @@ def test_a_run_resumed_with_other_settings_is_refused_and_the_settings_are_named
     whole_run, small_shapes
 ):
     other = settings(small_shapes, whole_run, resume=True, weight_decay=0.5, print_freq=7)
+    before = (whole_run / "config.yaml").read_text()
     with pytest.raises(UsageError, match=r"weight_decay: 0\.0001 then, 0\.5 now\)"):
         fit(other)
+    assert (whole_run / "config.yaml").read_text() == before
 
 
 def test_a_folder_that_holds_a_run_is_overwritten_only_when_asked(small_shapes, tmp_path):

@@ -215,7 +215,7 @@ def fit(config: Config) -> Path:
     loss = create_loss(config, partial, prior)
     training = Training(model, loss, config, len(batches), device)
     run = _Run(config, train_set.classes)
-    first_epoch, losses = run.restore(training) if config.resume else (0, [])
+    first_epoch, losses = run.start(training)
     last_epoch = min(config.stop_epoch, config.epochs)
 
     with _signals() as until_signal:
@@ -428,15 +428,19 @@ class _Run:
         self.folder = _run_folder(config)
         self.last, self.best = self.folder / "last.pt", self.folder / "best.pt"
         self.history: list[dict[str, float]] = []
+
+    def start(self, training: Training) -> tuple[int, list[Tensor]]:
+        """Begin, or go on where last.pt was written: the epoch, and the losses of its steps."""
+        epoch, losses = self._restore(training) if self.config.resume else (0, [])
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not config.resume:
+        if not self.config.resume:
             for stale in (self.last, self.best):
                 stale.unlink(missing_ok=True)
         with replacing(self.folder / "config.yaml") as file:
-            file.write(config.to_yaml().encode())
+            file.write(self.config.to_yaml().encode())
+        return epoch, losses
 
-    def restore(self, training: Training) -> tuple[int, list[Tensor]]:
-        """Put `training` where last.pt was written: its epoch, and the losses of its steps."""
+    def _restore(self, training: Training) -> tuple[int, list[Tensor]]:
         kept = checkpoint.load(self.last)
         differing = [
             f"{name}: {kept['config'].get(name)} then, {value} now"
@@ -494,7 +498,8 @@ class _Run:
                 writer.add_scalar(name, row[name], int(row["epoch"]))
 
 
-# Settings in which a resumed run may differ from what it was: none changes what is computed.
+# Settings in which a resumed run may differ from what it was: what is computed stays the same, but
+# for rounding where the device differs.
 _MAY_CHANGE = (
     *("config", "data", "missing_images", "output", "overwrite", "resume"),
     *("workers", "device", "compile", "print_freq", "tensorboard"),
