@@ -39,9 +39,9 @@ class Batches:
         workers: int | None = None,
         pin_memory: bool = False,
     ) -> None:
-        workers = default_workers() if workers is None else workers
         self.batch_size = batch_size
         self._order = _Order(len(annotations), batch_size, shuffle, seed)
+        workers = min(default_workers() if workers is None else workers, self._order.steps)
         self._loader = DataLoader(
             _Samples(annotations, image_size, augment, seed),
             batch_sampler=self._order,
