@@ -251,7 +251,7 @@ def write_all(root):
         (root / name).write_text(text)
 
 
-@pytest.mark.parametrize("dataset", READERS)
+@pytest.mark.parametrize("dataset", sorted({*READERS} - {"shapes"}))  # which draws what is missing
 def test_every_data_set_is_read_the_same_way(tmp_path, cache, dataset):
     write_all(tmp_path)
     root = tmp_path / dataset

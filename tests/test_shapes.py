@@ -1,5 +1,6 @@
 """The drawn data set: its layout, its statistics, and that it is whole or not there."""
 
+import functools
 import json
 import os
 import signal
@@ -161,3 +162,11 @@ def test_another_data_set_is_not_overwritten(tmp_path, content):
         draw(tmp_path)
     assert file.read_text() == content
     assert list(tmp_path.iterdir()) == [file.parent]
+
+
+def test_the_reader_draws_what_is_not_there(tmp_path, monkeypatch):
+    few = functools.partial(draw_shapes, train=6, val=4, processes=1)
+    monkeypatch.setattr("asl.data.shapes.draw_shapes", few)
+    data = read("shapes", tmp_path / "new", "val2014")
+    assert (len(data), data.num_classes) == (4, 24)
+    assert all(Path(data.path(row)).exists() for row in range(4))

@@ -514,7 +514,8 @@ def _run_folder(config: Config) -> Path:
     """Where the run lives, or lived that is resumed; refuses to overwrite one unasked."""
     if config.output:
         folder = Path(config.output)
-        taken = (folder / "last.pt").exists() or (folder / "prior").exists()
+        # A run that was stopped while it estimated its prior has no checkpoint of its own yet.
+        taken = (folder / "last.pt").exists() or (config.resume and (folder / "prior").exists())
     else:
         name = Path(config.config).stem or f"{config.dataset}_{config.model_name}"
         folders = [Path("runs", name), *(Path("runs", f"{name}-{n}") for n in range(2, 1000))]
