@@ -2,9 +2,9 @@
 
 python bench/losses.py [--device cuda] [--shapes 64x9605 128x80]
 
-Every loss gets the same float32 logits and hard targets. A round is one call of every loss, in an
-order drawn anew, so that whatever else the machine does, and whatever state of caches and allocator
-the call before leaves behind, hits all of them alike; times are medians over the rounds.
+Every loss gets the same float32 logits and hard targets, and is called by turns with
+BCEWithLogitsLoss; "x BCE" is the median of the ratios of neighbouring calls, "x transcription" the
+quotient of two of them.
 Peak extra memory is the most that one call held at once beyond what was there before, its gradient
 included: on the CPU from the allocations that torch.profiler records, on CUDA from
 torch.cuda.max_memory_allocated.
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import random
 import statistics
 import sys
 import tempfile
@@ -102,14 +101,17 @@ def table(batch: int, classes: int, labels_per_image: float, rounds: int, device
     targets = (torch.rand(batch, classes, generator=draw) < labels_per_image / classes).float()
     logits, targets = logits.to(device).requires_grad_(), targets.to(device)
     contenders = losses()
-    shuffle = random.Random(0)
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for count in range(5 + rounds):
-        for name in shuffle.sample(list(contenders), len(contenders)):
-            elapsed = milliseconds(contenders[name], logits, targets)
-            if count >= 5:  # the first rounds warm up
-                times[name].append(elapsed)
-    median = {name: statistics.median(values) for name, values in times.items()}
+    # Each loss by turns with cross-entropy and with nothing else: as in training, a call finds the
+    # caches and the allocator as the call of a step before left them.
+    median, to_bce = {}, {}
+    baseline = contenders["BCEWithLogitsLoss"]
+    for name, loss in contenders.items():
+        pairs = [
+            (milliseconds(loss, logits, targets), milliseconds(baseline, logits, targets))
+            for _ in range(5 + rounds)
+        ][5:]  # the first warm up
+        median[name] = statistics.median(ms for ms, _ in pairs)
+        to_bce[name] = statistics.median(ms / bce for ms, bce in pairs)
     peak = {name: peak_mebibytes(loss, logits, targets) for name, loss in contenders.items()}
     lines = [
         f"{batch} x {classes}, {labels_per_image:g} labels per image, {rounds} rounds:",
@@ -118,11 +120,10 @@ def table(batch: int, classes: int, labels_per_image: float, rounds: int, device
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, ms in median.items():
-        to_bce = ms / median["BCEWithLogitsLoss"]
-        to_transcription = ms / median["transcription"]
+        to_transcription = to_bce[name] / to_bce["transcription"]
         memory = peak[name] / peak["transcription"]
         lines.append(
-            f"| {name} | {ms:.3f} | {to_bce:.2f} | {to_transcription:.2f} "
+            f"| {name} | {ms:.3f} | {to_bce[name]:.2f} | {to_transcription:.2f} "
             f"| {peak[name]:.2f} | {memory:.2f} |"
         )
     return "\n".join(lines)

@@ -392,8 +392,8 @@ def precision(amp: str, device: torch.device, training: bool) -> torch.dtype | N
     """The type that the forward pass computes in; None for float32 throughout.
 
     "auto" on a GPU is bfloat16, or on older ones float16 with a loss scale. On a CPU that has
-    bfloat16 instructions it is bfloat16 for scores, where it takes about half the time, and float32
-    for training, where depthwise convolutions in bfloat16 take up to twice as long
+    bfloat16 instructions it is bfloat16 for scores, which is faster for all models measured, and
+    float32 for training, where it is for some and takes twice as long for others
     (bench/precision.py).
     """
     if amp == "auto" and device.type == "cuda":

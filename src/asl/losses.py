@@ -114,7 +114,7 @@ class AsymmetricLoss(nn.Module):
 
 
 class AsymmetricLossOptimized(AsymmetricLoss):
-    """`AsymmetricLoss`, several times faster and with a single tensor kept for the backward pass.
+    """`AsymmetricLoss`, several times faster, with a single tensor kept for the backward pass.
 
     The gradient is derived by hand and computed together with the loss. It is therefore
     differentiable once (``create_graph=True`` raises RuntimeError), and in the logits only. In a
@@ -421,7 +421,11 @@ def _most_likely(logits: Tensor, unannotated: Tensor, count: int) -> Tensor:
 
 
 class _SinglePass(torch.autograd.Function):
-    """Loss and gradient at once: `forward` keeps the gradient, which `backward` only scales."""
+    """Loss and gradient at once; `backward` scales the gradient in place and hands it over.
+
+    So no second tensor of that size is ever made. A second backward, after one with retain_graph,
+    computes the gradient anew.
+    """
 
     @staticmethod
     def forward(
@@ -432,23 +436,11 @@ class _SinglePass(torch.autograd.Function):
         summed: bool,
         with_gradient: bool,
     ) -> Tensor:
-        x, y = logits.flatten(), targets.flatten()
-        gradient = torch.empty_like(x) if with_gradient else None
-        on_cpu = x.device.type == "cpu"
-        chunk = _CPU_CHUNK if on_cpu else max(1, x.numel())
-        losses = []
-        for start in range(0, max(1, x.numel()), chunk):
-            cells = slice(start, start + chunk)
-            out = None if gradient is None else gradient[cells]
-            positives = _positives(y[cells]) if on_cpu else None
-            if positives is None:
-                loss = _soft_cells(x[cells], y[cells], out, *parameters)
-            else:
-                loss = _hard_cells(x[cells], positives, out, *parameters)
-            losses.append(loss.sum() if summed else loss)
-        if gradient is not None:
-            ctx.save_for_backward(gradient.view(logits.shape))
-        return torch.stack(losses).sum() if summed else torch.cat(losses).view(logits.shape)
+        loss, ctx.gradient = _loss_and_gradient(logits, targets, parameters, summed, with_gradient)
+        if with_gradient:
+            ctx.save_for_backward(logits, targets)
+            ctx.parameters, ctx.summed = parameters, summed
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -457,8 +449,37 @@ class _SinglePass(torch.autograd.Function):
             raise RuntimeError(
                 "AsymmetricLossOptimized has no second derivative: use AsymmetricLoss"
             )
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_output, None, None, None, None
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            logits, targets = ctx.saved_tensors
+            _, gradient = _loss_and_gradient(logits, targets, ctx.parameters, ctx.summed, True)
+            assert gradient is not None
+        return gradient.mul_(grad_output), None, None, None, None
+
+
+def _loss_and_gradient(
+    logits: Tensor,
+    targets: Tensor,
+    parameters: tuple[float, float, float, float, bool],
+    summed: bool,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    x, y = logits.flatten(), targets.flatten()
+    gradient = torch.empty_like(x) if with_gradient else None
+    on_cpu = x.device.type == "cpu"
+    chunk = _CPU_CHUNK if on_cpu else max(1, x.numel())
+    parts = []
+    for start in range(0, max(1, x.numel()), chunk):
+        cells = slice(start, start + chunk)
+        out = None if gradient is None else gradient[cells]
+        positives = _positives(y[cells]) if on_cpu else None
+        if positives is None:
+            part = _soft_cells(x[cells], y[cells], out, *parameters)
+        else:
+            part = _hard_cells(x[cells], positives, out, *parameters)
+        parts.append(part.sum() if summed else part)
+    minus_loss = torch.stack(parts).sum() if summed else torch.cat(parts).view(logits.shape)
+    return -minus_loss, None if gradient is None else gradient.view(logits.shape)
 
 
 def _soft_cells(
@@ -471,7 +492,7 @@ def _soft_cells(
     eps: float,
     detached: bool,
 ) -> Tensor:
-    """Loss of each cell. Fills in its gradient, by the product rule; d... is d / dx."""
+    """Minus the loss of each cell. Fills in the gradient, by the product rule; d... is d / dx."""
     y = y.to(x.dtype)
     log_p, log_q, p_m = _probabilities(x, clip)
     p, not_p, not_y = torch.sigmoid(x), torch.sigmoid(-x), 1 - y
@@ -480,9 +501,8 @@ def _soft_cells(
     base = b.clamp(min=eps)
     weight = base**gamma
     log_likelihood = y * log_p + not_y * log_q
-    loss = -weight * log_likelihood
     if gradient is None:
-        return loss
+        return weight * log_likelihood
     dp = p * (1 - p)  # rounded as autograd rounds it
     dp_m = dp * (p > clip)
     dlog_q = -dp_m / (1 - p_m) if clip else -p
@@ -490,7 +510,7 @@ def _soft_cells(
     if not detached:
         db = (not_y * dp_m - y * dp) * (b >= eps)
         gradient -= gamma * weight / base * db * log_likelihood
-    return loss
+    return weight * log_likelihood
 
 
 def _hard_cells(
@@ -504,13 +524,13 @@ def _hard_cells(
     detached: bool,
 ) -> Tensor:
     """`_soft_cells` for y in {0, 1}, few of them 1: takes half the time or less."""
-    loss = _negative_cells(x, gradient, gamma_neg, clip, eps, detached)
+    minus_loss = _negative_cells(x, gradient, gamma_neg, clip, eps, detached)
     mirrored = -x[positives]  # a positive is a negative at -x, without margin
     slope = None if gradient is None else torch.empty_like(mirrored)
-    loss[positives] = _negative_cells(mirrored, slope, gamma_pos, 0, eps, detached)
+    minus_loss[positives] = _negative_cells(mirrored, slope, gamma_pos, 0, eps, detached)
     if gradient is not None and slope is not None:
         gradient[positives] = slope.neg_()
-    return loss
+    return minus_loss
 
 
 def _negative_cells(
@@ -530,13 +550,16 @@ def _negative_cells(
     if gradient is not None:
         focus = 0 if detached else gamma
         if clip:  # p (1 - p) slope (base / q - gamma log q)
-            torch.div(base, 1 - p_m, out=gradient).sub_(log_q, alpha=focus).mul_(slope)
+            torch.div(base, torch.sub(1, p_m, out=gradient), out=gradient)
+            if focus:
+                gradient.sub_(log_q, alpha=focus)
+            gradient.mul_(slope)
             if gamma < 1:
                 gradient.mul_(p > clip)
             torch.ops.aten.sigmoid_backward.grad_input(gradient, p, grad_input=gradient)
         else:  # the same with q = 1 - p
             torch.addcmul(base, log_q, 1 - p, value=-focus, out=gradient).mul_(slope).mul_(p)
-    return log_q.mul_(slope).mul_(base).neg_()
+    return log_q.mul_(slope).mul_(base)
 
 
 def _positives(targets: Tensor) -> Tensor | None:
