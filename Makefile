@@ -18,7 +18,7 @@ demo: setup  ## train on the built-in data set, validate, label a picture (about
 	$(BIN)/python train.py --config configs/demo.yaml --output runs/demo --overwrite
 	$(BIN)/python validate.py --model-path runs/demo/best.pt --json runs/demo/validation.json
 	$(BIN)/python infer.py --model-path runs/demo/best.pt --output runs/demo/predictions \
-		--pic-path data/shapes/val2014/COCO_val2014_000000000001.jpg
+		--pic-path data/shapes/val2014/COCO_val2014_000000000056.jpg
 	@echo "look at runs/demo/curves.png and runs/demo/predictions"
 
 lint: setup  ## ruff, its formatter and mypy, without changing anything
