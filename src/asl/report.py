@@ -40,6 +40,7 @@ PALE_BLUE, PALE_GREY, GREY = "#A6CBE3", "#ECEEF1", "#5F6670"
 MAX_CLASSES_IN_FULL = 100
 EXTREMES = 10
 MAX_NAMES = 5
+RUNNERS_UP = 3
 
 _F1_FIGURES = ("CP", "CR", "CF1", "OP", "OR", "OF1", "macro_F1")
 _LEFT_OUT = {
@@ -116,13 +117,14 @@ def evaluation_text(figures: Mapping[str, Any]) -> str:
 
 
 def prediction_text(prediction: Mapping[str, Any]) -> str:
-    """The labels of one image: a line for each that was predicted, and one for the others.
+    """The labels of one image: a line for each that was predicted, and one for the next three.
 
     `prediction` is {"file", "labels": [{"name", "score", "predicted"}]}, highest score first.
     """
     labels = prediction["labels"]
     found = [[f"  {x['name']}", _percent(x["score"])] for x in labels if x["predicted"]]
-    others = ", ".join(f"{x['name']} {_percent(x['score'])}" for x in labels if not x["predicted"])
+    rest = [f"{x['name']} {_percent(x['score'])}" for x in labels if not x["predicted"]]
+    others = ", ".join(rest[:RUNNERS_UP])
     lines = [str(prediction["file"]), *_aligned(found)]
     if not found:
         lines.append(f"  nothing is above the threshold; the highest: {others}")
