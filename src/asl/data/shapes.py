@@ -54,10 +54,10 @@ COLOURS = {"red": 0.0, "yellow": 1 / 6, "green": 2 / 6, "cyan": 3 / 6, "blue": 4
 FILLS = (*COLOURS, "striped", "dotted")
 # From frequent to rare. Going round both lists, head and tail get every shape and every fill.
 CLASSES = tuple((FILLS[i % 8], list(OUTLINES)[i % 3]) for i in range(24))
-# How often a class is drawn: the first for one half of the images, the last for 1.7 %. As images
+# How often a class is drawn: the first for one half of the images, the last for 1.4 %. As images
 # without an object are drawn again, 2.5 labels per image come of it. Classes are drawn
 # independently: none tells of another.
-FREQUENCIES = np.array([0.46, *np.linspace(0.12, 0.06, 20), 0.045, 0.03, 0.017])
+FREQUENCIES = np.array([0.46, *np.linspace(0.12, 0.06, 20), 0.045, 0.016, 0.014])
 MOST_OBJECTS = 8
 RADII = (0.15, 0.48)  # of an object, as shares of the image's short side
 LEAST_VISIBLE = 0.7  # of an object's pixels, behind those in front of it
