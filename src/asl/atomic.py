@@ -1,6 +1,7 @@
 """Writing files that are never seen half-written."""
 
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,7 +16,8 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     OSError where it cannot be written. Costs an fsync of the file and one of its folder.
     """
     path = Path(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # A name of its own for every call: ranks and threads may write the same file at the same time.
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         with draft.open("wb") as file:
             yield file

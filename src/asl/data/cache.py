@@ -8,12 +8,12 @@ of several equal ones stays does not matter.
 import json
 import logging
 import os
-import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
+from asl.atomic import replacing
 from asl.data.annotations import Annotations
 
 FORMAT = 1  # of the files written here; a reader's own version is part of its key
@@ -77,12 +77,5 @@ def _save(annotations: Annotations, path: Path, key: str) -> None:
     }
     arrays = {name: getattr(annotations, name) for name in ARRAYS}
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        with draft.open("wb") as file:
-            np.savez(file, about=np.array(json.dumps(about)), **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with replacing(path) as file:
+        np.savez(file, about=np.array(json.dumps(about)), **arrays)
