@@ -56,9 +56,9 @@ def run(data: str, weights: str, hiding: str, method: str, seed: int) -> dict[st
         more = [*more, "--gamma-unann", str(published.gamma_unann)]
     if recipe == "csl":
         more = [*more, "--prior-path", str(prior)]
-    script("train.py", data, "--config", "configs/voc2007_lite0_160.yaml",
-           "--model-path", weights, "--missing-images", "skip", "--epochs", "3", "--val-every", "3",
-           "--lr", "1e-3", "--seed", str(seed), "--simulate-partial", HIDING[hiding], "--partial-seed", str(seed),
+    script("train.py", data, "--config", "configs/voc2007_lite0_160.yaml", "--model-path", weights,
+           "--missing-images", "skip", "--epochs", "3", "--val-every", "3", "--lr", "1e-3",
+           "--simulate-partial", HIDING[hiding], "--partial-seed", str(seed), "--seed", str(seed),
            "--output", str(folder), "--overwrite", *about, *more)  # fmt: skip
     trained = checkpoint.load(ROOT / folder / "best.pt")
     kept = {"hiding": HIDING[hiding], "method": method, "seed": seed}
