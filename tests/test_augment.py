@@ -130,14 +130,18 @@ def test_flip_mirrors_left_and_right():
 
 
 @pytest.mark.parametrize("name", CODES)
-def test_apply_leaves_its_input_alone_and_returns_a_contiguous_image(name):
+def test_apply_leaves_its_input_alone_and_fills_the_slot_of_a_batch(name):
     image = tensor(IMAGES["noise"](np.random.default_rng(0)))
-    before = image.clone()
-    amount = 4.0 if name == "Posterize" else 0.3
-    result = apply(image, steps(Step(NOTHING), Step(CODES[name], amount, 0.5, 0.5)))
+    before, batch = image.clone(), torch.full((3, *image.shape), 77, dtype=torch.uint8)
+    numbers = steps(Step(NOTHING), Step(CODES[name], 4.0 if name == "Posterize" else 0.3, 0.5, 0.5))
+    result = apply(image, numbers)
     assert torch.equal(image, before)
     assert (result.dtype, result.shape) == (torch.uint8, image.shape)
     assert result.is_contiguous()
+
+    assert apply(image, numbers, out=batch[1]).data_ptr() == batch[1].data_ptr()
+    assert torch.equal(batch[1], result)
+    assert (batch[[0, 2]] == 77).all()
 
 
 def test_steps_are_done_in_order():
@@ -149,32 +153,35 @@ def test_steps_are_done_in_order():
 
 def test_nothing_to_do_costs_no_copy():
     image = torch.zeros(3, 4, 4, dtype=torch.uint8)
-    assert apply(image, draw("none", seed=0, epoch=0, index=0)) is image
+    assert apply(image, draw("none", seed=0, epoch=0, indices=[0])[0]) is image
 
 
 def test_numbers_depend_on_seed_epoch_and_index_and_on_nothing_else():
     keys = [(s, e, i) for s in (0, 1, 2**40) for e in range(5) for i in (0, 1, 9_000_000)]
-    once = [draw("recipe", *key) for key in keys]
+    once = [draw("recipe", seed, epoch, [index]) for seed, epoch, index in keys]
     np.random.seed(1)  # noqa: NPY002 (the global generators are what must not matter)
     random.seed(1)
-    again = [draw("recipe", *key) for key in reversed(keys)]
-    for a, b in zip(once, reversed(again), strict=True):
-        np.testing.assert_array_equal(a, b)
+    for key, numbers in reversed(list(zip(keys, once, strict=True))):
+        seed, epoch, index = key
+        beside = draw("recipe", seed, epoch, np.array([5, index, 3]))
+        np.testing.assert_array_equal(beside[1:2], numbers)
     assert len({numbers.tobytes() for numbers in once}) == len(keys)
 
 
-def test_a_batch_of_numbers_stacks_into_one_float32_array():
-    batch = np.stack([draw(policy, 0, 0, 0) for policy in augment.POLICIES])
-    assert (batch.shape, batch.dtype) == ((3, 3, 7), np.float32)
+@pytest.mark.parametrize("policy", augment.POLICIES)
+@pytest.mark.parametrize("size", [0, 1, 5])
+def test_the_numbers_of_a_batch_are_one_float32_array(policy, size):
+    numbers = draw(policy, 0, 0, range(size))
+    assert (numbers.shape, numbers.dtype) == ((size, 3, 7), np.float32)
 
 
 def test_an_unknown_policy_is_a_usage_error_that_names_the_known_ones():
     with pytest.raises(UsageError, match="'autoaugment': choose one of recipe, flip, none"):
-        draw("autoaugment", 0, 0, 0)
+        draw("autoaugment", 0, 0, [0])
 
 
 def test_flip_policy_mirrors_half_of_the_images_and_does_nothing_else():
-    numbers = np.stack([draw("flip", 0, 0, i) for i in range(2000)])
+    numbers = draw("flip", 0, 0, range(2000))
     assert abs((numbers[:, 0, 0] == FLIP).mean() - 0.5) < 0.04
     numbers[:, 0, 0] = 0
     assert not numbers.any()
@@ -185,7 +192,21 @@ def test_flip_policy_mirrors_half_of_the_images_and_does_nothing_else():
 
 @pytest.fixture(scope="module")
 def drawn():
-    return np.stack([draw("recipe", 0, epoch, index) for epoch in (0, 1) for index in range(3000)])
+    return np.concatenate([draw("recipe", 0, epoch, range(20_000)) for epoch in (0, 1)])
+
+
+def test_numbers_of_neighbours_are_independent_whatever_is_a_step_apart():
+    """Seeds, epochs, indices and columns that differ by one: a weak hash shows here first."""
+    keys = [(seed, epoch) for seed in range(8) for epoch in range(8)]
+    uniform = np.stack([augment._uniform(*key, range(64), 16) for key in keys])
+    uniform = uniform.reshape(8, 8, 64, 16)
+    values = 16 * uniform
+    for axis in range(4):
+        here, there = (np.take(values, range(*span), axis) for span in ((0, 7), (1, 8)))
+        pairs = (here.astype(int) * 16 + there.astype(int)).ravel().tolist()
+        assert chi_square(pairs, range(256)) < 330.5  # 255 degrees of freedom
+    assert chi_square(values.astype(int).ravel().tolist(), range(16)) < 37.7  # 15
+    assert 0 <= uniform.min() < uniform.max() < 1
 
 
 def chi_square(values, expected):

@@ -1,29 +1,20 @@
 import io
 import os
 import struct
-from pathlib import Path
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from asl.data.images import read_image, squish
+from asl.data.images import MAX_SCANS, find_images, read_image, squish
 from asl.errors import DataError
-
-VOC_ROOT = Path(
-    os.environ.get(
-        "ASL_VOC_ROOT", Path(__file__).resolve().parents[2] / "shared" / "data" / "VOCdevkit"
-    )
-)
 
 
 @pytest.fixture(scope="module")
-def photographs():
-    files = sorted((VOC_ROOT.parent / "photos").glob("*.jpg"))
-    if not files:
-        pytest.skip("no photographs beside ASL_VOC_ROOT")
-    return files[::8]
+def photographs(voc_root):
+    return sorted((voc_root / "VOC2007" / "JPEGImages").glob("*.jpg"))[::500]
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +37,15 @@ def palette_with_alpha(picture):
     return encode(picture.quantize(256), "PNG", transparency=bytes(range(256)))
 
 
-def animation(picture):
+def animation(picture, file_format, **options):
     frames = [picture.rotate(90), picture.rotate(180)]
-    return encode(picture, "GIF", save_all=True, append_images=frames)
+    return encode(picture, file_format, save_all=True, append_images=frames, **options)
+
+
+def ycck(picture):
+    content = bytearray(encode(picture.convert("CMYK"), "JPEG"))
+    content[content.index(b"Adobe") + 11] = 2  # the transform, which was 0: CMYK
+    return bytes(content)
 
 
 def rotated_by_exif(picture):
@@ -62,6 +59,7 @@ READABLE = {
     "progressive JPEG": lambda p: encode(p, "JPEG", progressive=True),
     "greyscale JPEG": lambda p: encode(p.convert("L"), "JPEG"),
     "CMYK JPEG": lambda p: encode(p.convert("CMYK"), "JPEG"),
+    "YCCK JPEG": ycck,
     "JPEG with EXIF rotation": rotated_by_exif,
     "several pictures in one JPEG": lambda p: encode(p, "MPO"),
     "PNG": lambda p: encode(p, "PNG"),
@@ -73,7 +71,10 @@ READABLE = {
     "TIFF": lambda p: encode(p, "TIFF"),
     "BMP": lambda p: encode(p, "BMP"),
     "GIF": lambda p: encode(p, "GIF"),
-    "animation": animation,
+    "animated GIF": lambda p: animation(p, "GIF"),
+    "animated PNG": lambda p: animation(p, "PNG"),
+    "animated WebP": lambda p: animation(p, "WEBP", lossless=True),
+    "several pages of TIFF": lambda p: animation(p, "TIFF", compression="tiff_lzw"),
     "one pixel": lambda p: encode(p.resize((1, 1)), "JPEG"),
 }
 
@@ -108,22 +109,73 @@ def damaged(picture):
     return bytes(content)
 
 
-def bomb(picture):
+def huge_bmp(picture):
     content = bytearray(encode(picture, "BMP"))
     content[18:26] = struct.pack("<ii", 30_000, 30_000)  # width and height
     return bytes(content)
+
+
+def png(side, *chunks):
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(bytes(side * (3 * side + 1))) if side < 100 else b""
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in [(b"IHDR", header), *chunks, (b"IDAT", pixels), (b"IEND", b"")]:
+        content += struct.pack(">I", len(data)) + kind + data
+        content += struct.pack(">I", zlib.crc32(kind + data))
+    return content
+
+
+def png_with_gigantic(kind, start):
+    return png(4, (kind, start + zlib.compress(bytes(20_000_000))))
+
+
+def huge_webp(side):
+    return b"RIFF\x16\0\0\0WEBPVP8X\x0a\0\0\0" + bytes(4) + 2 * (side - 1).to_bytes(3, "little")
+
+
+def huge_gif(picture, place):
+    content = bytearray(encode(picture, "GIF"))
+    content[place : place + 4] = struct.pack("<HH", 65_000, 65_000)
+    return bytes(content)
+
+
+def tiff_with_huge_tile(picture):
+    tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1}  # a deflated picture of 16 x 16
+    tags |= {322: 30_000, 323: 30_000, 324: 200, 325: 200}  # in one tile, here
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(300)
+
+
+def jpeg_of_many_scans(picture):
+    content = encode(picture.convert("L"), "JPEG", progressive=True)
+    last = content.rindex(b"\xff\xda")
+    return content[:-2] + content[last:-2] * MAX_SCANS + content[-2:]
 
 
 UNREADABLE = {
     "empty": (lambda p: b"", "empty"),
     "text": (lambda p: b"not a picture\n" * 50, "not an image"),
     "archive": (lambda p: b"PK\x03\x04" + bytes(200), "not an image"),
+    "HEIC": (lambda p: b"\0\0\0\x18ftypheic" + bytes(200), "not an image"),
+    "SVG": (lambda p: b"<?xml version='1.0'?><svg/>", "not an image"),
+    "PostScript": (lambda p: encode(p, "EPS"), "not an image"),
+    "sound": (lambda p: b"RIFF\x20\0\0\0WAVEfmt " + bytes(50), "not a WEBP"),
     "header only": (lambda p: encode(p, "JPEG")[:30], "Truncated"),
     "half a PNG": (lambda p: encode(p, "PNG")[:9000], "truncated"),
     "half a WebP": (lambda p: encode(p, "WEBP")[:1000], "cannot be decoded"),
     "half a GIF": (lambda p: encode(p, "GIF")[:3000], "truncated"),
+    "half a TIFF": (lambda p: encode(p, "TIFF")[:9000], "cannot be decoded"),
+    "half a BMP": (lambda p: encode(p, "BMP")[:9000], "truncated"),
     "damaged PNG": (damaged, "data stream"),
-    "bomb": (bomb, "900000000 pixels"),
+    "huge BMP": (huge_bmp, "30000 x 30000 pixels are more than the limit of 89,478,485"),
+    "huge PNG": (lambda p: png(30_000), "30000 x 30000 pixels"),
+    "huge WebP": (lambda p: huge_webp(16_384), "more pixels than the limit of 89,478,485"),
+    "huge screen of a GIF": (lambda p: huge_gif(p, 6), "65000 x 65000 pixels"),
+    "huge tile of a TIFF": (tiff_with_huge_tile, "30000 x 30000 pixels"),
+    "huge compressed text": (lambda p: png_with_gigantic(b"zTXt", b"a\0\0"), "too large"),
+    "huge international text": (lambda p: png_with_gigantic(b"iTXt", b"a\0\1\0\0\0"), "too large"),
+    "huge colour profile": (lambda p: png_with_gigantic(b"iCCP", b"a\0\0"), "too large"),
+    "thousands of scans": (jpeg_of_many_scans, "more than 100 scans"),
 }
 
 
@@ -149,12 +201,27 @@ def test_a_truncated_jpeg_is_an_error(picture, tmp_path, kept, progressive):
         read_image(tmp_path / "a.jpg")
 
 
-def test_missing_files_and_directories_say_so(tmp_path):
+def test_what_is_no_regular_file_says_so_at_once(tmp_path):
     (tmp_path / "folder.jpg").mkdir()
-    with pytest.raises(DataError, match="No such file"):
-        read_image(tmp_path / "missing.jpg")
-    with pytest.raises(DataError, match="Is a directory"):
-        read_image(tmp_path / "folder.jpg")
+    (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")  # opened plainly, it would wait for a writer
+    for name, reason in {
+        "missing.jpg": "No such file",
+        "folder.jpg": "Is a directory",
+        "loop.jpg": "symbolic links",
+        "pipe.jpg": "not a regular file",
+        "/dev/zero": "not a regular file",
+        "a" * 300: "name too long",
+    }.items():
+        with pytest.raises(DataError, match=reason):
+            read_image(tmp_path / name)
+
+
+def test_a_file_of_a_terabyte_is_not_read(tmp_path):
+    with (tmp_path / "hole.jpg").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(DataError, match="1,099,511,627,776 bytes"):
+        read_image(tmp_path / "hole.jpg")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -173,6 +240,18 @@ def test_the_pixel_limit_holds_before_anything_is_decoded(picture, tmp_path, fil
         read_image(tmp_path / "a", max_pixels=120 * 90 - 1)
     (tmp_path / "b").write_bytes(content)
     assert read_image(tmp_path / "b", max_pixels=120 * 90).shape == (3, 90, 120)
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_the_pixel_limit_alone_decides_whatever_pillows_is(
+    picture, tmp_path, monkeypatch, file_format
+):
+    picture.save(tmp_path / "a", file_format)
+    for pillows in (1000, 6000, None):  # the picture has 10,800, of which Pillow warns, then raises
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillows)
+        assert read_image(tmp_path / "a").shape == (3, 90, 120)
+        with pytest.raises(DataError, match="limit of 10,799"):
+            read_image(tmp_path / "a", max_pixels=120 * 90 - 1)
 
 
 def test_squish_differs_from_pillow_by_less_than_a_tenth_of_a_grey_level(photographs):
@@ -199,3 +278,17 @@ def test_squish_leaves_an_image_of_the_right_size_alone(picture):
     image = tensor(picture.resize((64, 64)))
     assert torch.equal(squish(image, 64), image)
     assert squish(image, 64).is_contiguous()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_squish_fills_a_slot_of_a_batch_with_the_same_pixels(picture, layout):
+    batch = torch.zeros(3, 3, 64, 64, dtype=torch.uint8).contiguous(memory_format=layout)
+    for image in (tensor(picture), tensor(picture).contiguous(), tensor(picture.resize((64, 64)))):
+        squish(image, 64, out=batch[1])
+        assert torch.equal(batch[1], squish(image, 64))
+        assert not batch[[0, 2]].any()
+
+
+def test_a_name_too_long_to_look_for_says_so(tmp_path):
+    with pytest.raises(DataError, match="too long"):
+        find_images(tmp_path / ("a" * 300))

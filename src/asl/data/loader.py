@@ -1,30 +1,58 @@
 """From annotations to batches: uint8 images and int8 targets, in an order that can be resumed."""
 
+import logging
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from asl.data.annotations import Annotations
 from asl.data.augment import apply, draw
-from asl.data.images import read_image, squish
+from asl.data.image_cache import ImageCache
+from asl.data.images import MAX_PIXELS, read_image, squish
+from asl.distributed import rank, world_size
 from asl.errors import DataError
+
+MAX_UNREADABLE = 0.01  # share of the images that may be replaced before that is an error
+log = logging.getLogger("asl")
 
 # A sample is asked for by (epoch, index): with the seed, all that its augmentation depends on.
 Key = tuple[int, int]
 
 
-class Batches:
-    """The batches of a data set, epoch by epoch.
+class Batch(NamedTuple):
+    """What a step takes: (B, 3, S, S) uint8 images and (B, C) int8 targets in {1, 0, -1}.
 
-    A batch is (B, 3, S, S) uint8 images, squished to `image_size`, and (B, C) int8 targets in
-    {1, 0, -1}. With `shuffle` the order of an epoch depends on (`seed`, epoch) and the augmentation
-    of an image on (`seed`, epoch, index) alone: neither on `workers`, nor on where the epoch is
-    entered. The last batch may be smaller.
+    `numbers` (B, 3, 7) is the augmentation that is still to be done, where the model is. There may
+    be fewer targets than images: the images that are left over are there to keep a rank company
+    (`Batches`), and do not count.
+    """
+
+    images: Tensor
+    targets: Tensor
+    numbers: npt.NDArray[np.float32] | None = None
+
+
+class Batches:
+    """The batches of a data set, epoch by epoch, or this rank's share of them.
+
+    Images are squished to `image_size`. With `shuffle` the order of an epoch depends on (`seed`,
+    epoch) and the augmentation of an image on (`seed`, epoch, index) alone: neither on `workers`,
+    nor on where the epoch is entered. The last batch may be smaller.
+
+    Several ranks split every batch of a shuffled epoch, so that together they make the steps of
+    one; otherwise they are dealt whole batches, each made as one process would. All ranks see as
+    many batches: one without a share of the last gets a single image, and no target.
+
+    With `bad_images` "skip", an image that cannot be read is replaced by another, drawn by (`seed`,
+    epoch, index), and named in a warning when the epoch ends.
     """
 
     def __init__(
@@ -34,16 +62,25 @@ class Batches:
         batch_size: int,
         *,
         augment: str = "none",
+        augment_later: bool = False,
         shuffle: bool = False,
         seed: int = 0,
+        cache: ImageCache | None = None,
+        bad_images: str = "error",
+        max_pixels: int = MAX_PIXELS,
         workers: int | None = None,
         pin_memory: bool = False,
     ) -> None:
-        self.batch_size = batch_size
+        self.batch_size, self.waited = batch_size, 0.0
+        self._samples = _Samples(annotations, image_size, seed, cache, max_pixels)
+        self._samples.augment = "none" if augment_later else augment
+        self._samples.planar = augment != "none" or cache is not None
+        self._samples.skip = bad_images == "skip"
+        self._later, self._reported = augment if augment_later else None, 0
         self._order = _Order(len(annotations), batch_size, shuffle, seed)
         workers = min(default_workers() if workers is None else workers, self._order.steps)
         self._loader = DataLoader(
-            _Samples(annotations, image_size, augment, seed),
+            self._samples,
             batch_sampler=self._order,
             collate_fn=_as_is,
             num_workers=workers,
@@ -58,62 +95,157 @@ class Batches:
     def __len__(self) -> int:
         return self._order.steps
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of one epoch, from number `start` on.
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch, from number `start` on; adds the seconds for them to `waited`.
 
-        Raises `DataError` where an image cannot be read.
+        Raises `DataError` where an image cannot be read, or with `bad_images` "skip" more than
+        `MAX_UNREADABLE` of them.
         """
         self._order.epoch, self._order.start = epoch, start
-        for batch in self._loader:
+        asked = None  # the first batch is not counted: it comes when the workers have started
+        for batch, share in zip(self._loader, self._order.shares(), strict=True):
+            self.waited += time.perf_counter() - asked if asked else 0.0
             if isinstance(batch, DataError):
                 raise batch
-            yield batch
+            images, targets = batch
+            numbers = None
+            if self._later is not None:
+                numbers = draw(self._later, self._samples.seed, epoch, share.indices)
+            yield Batch(images, targets[: share.counted], numbers)
+            asked = time.perf_counter()
+        self._report_unreadable()
+
+    def _report_unreadable(self) -> None:
+        rows = self._samples.unreadable.nonzero().flatten().tolist()
+        if len(rows) > self._reported:
+            names = ", ".join(str(self._samples.annotations.path(row)) for row in rows[:5])
+            more = ", ..." if len(rows) > 5 else ""
+            log.warning("%d images cannot be read and were replaced: %s%s", len(rows), names, more)
+        self._reported = len(rows)
 
 
 def default_workers() -> int:
-    """One worker per core that this process may use, at most 16."""
+    """One worker per core that this process may use, at most 16; ranks of a machine share them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(cores or 1, 16)
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min((cores or 1) // ranks_here, 16))
+
+
+class _Share(NamedTuple):
+    indices: npt.NDArray[np.int64]
+    counted: int  # the rest keeps the rank company
 
 
 class _Order(Sampler[list[Key]]):
+    """Which samples make this rank's batches of an epoch."""
+
     def __init__(self, size: int, batch_size: int, shuffle: bool, seed: int) -> None:
         self.size, self.batch_size, self.shuffle, self.seed = size, batch_size, shuffle, seed
-        self.steps = -(-size // batch_size)
+        together = batch_size if shuffle else batch_size * world_size()
+        self.steps = -(-size // together)
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
         return self.steps - self.start
 
     def __iter__(self) -> Iterator[list[Key]]:
-        epoch, start = self.epoch, self.start
-        order = np.arange(self.size)
+        epoch = self.epoch
+        return ([(epoch, int(index)) for index in share.indices] for share in self.shares())
+
+    def shares(self) -> Iterator[_Share]:
+        order, ranks = np.arange(self.size), world_size()
         if self.shuffle:
-            np.random.default_rng([self.seed, epoch]).shuffle(order)
-        for first in range(start * self.batch_size, self.size, self.batch_size):
-            yield [(epoch, int(index)) for index in order[first : first + self.batch_size]]
+            np.random.default_rng([self.seed, self.epoch]).shuffle(order)
+        for step in range(self.start, self.steps):
+            if self.shuffle:
+                batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+                indices = batch[rank() :: ranks]
+            else:
+                first = (step * ranks + rank()) * self.batch_size
+                indices = order[first : first + self.batch_size]
+            yield _Share(indices if len(indices) else order[:1], len(indices))
 
 
 class _Samples(Dataset[tuple[Tensor, Tensor] | DataError]):
-    def __init__(self, annotations: Annotations, image_size: int, augment: str, seed: int) -> None:
-        self.annotations, self.image_size = annotations, image_size
-        self.augment, self.seed = augment, seed
+    augment = "none"
+    planar = True  # channels apart, as warps and look-ups want them
+    skip = False
+
+    def __init__(
+        self,
+        annotations: Annotations,
+        image_size: int,
+        seed: int,
+        cache: ImageCache | None,
+        max_pixels: int,
+    ) -> None:
+        self.annotations, self.image_size, self.seed = annotations, image_size, seed
+        self.cache, self.max_pixels = cache, max_pixels
+        # Shared by the workers, which mark what they could not read.
+        self.unreadable = torch.zeros(len(annotations), dtype=torch.bool)
+        self.unreadable.share_memory_()  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:
         return len(self.annotations)
 
     def __getitems__(self, keys: list[Key]) -> tuple[Tensor, Tensor] | DataError:
-        images = torch.empty(len(keys), 3, self.image_size, self.image_size, dtype=torch.uint8)
-        targets = torch.empty(len(keys), self.annotations.num_classes, dtype=torch.int8)
+        # In a worker both lie in memory that the main process shares: filled here, never copied.
+        images = _empty(torch.uint8, len(keys), 3, self.image_size, self.image_size)
+        if not self.planar:
+            # As decoders and models have it: to part the channels is a fifth of the work.
+            images = images.view(len(keys), self.image_size, self.image_size, 3).permute(0, 3, 1, 2)
+        targets = _empty(torch.int8, len(keys), self.annotations.num_classes)
+        [epoch] = {epoch for epoch, _ in keys}
+        numbers = draw(self.augment, self.seed, epoch, [index for _, index in keys])
+        raw = torch.empty(3, self.image_size, self.image_size, dtype=torch.uint8)
         try:
-            for slot, (epoch, index) in enumerate(keys):
-                image = squish(read_image(self.annotations.path(index)), self.image_size)
-                images[slot] = apply(image, draw(self.augment, self.seed, epoch, index))
-                targets[slot] = torch.from_numpy(self.annotations.labels(index))
+            for image, target, key, number in zip(images, targets, keys, numbers, strict=True):
+                augmented = number.any()
+                row = self._read(key, raw if augmented else image)
+                target.copy_(torch.from_numpy(self.annotations.labels(row)))
+                if augmented:
+                    apply(raw, number, out=image)
         except DataError as error:
             # Returned, not raised: an exception that crosses processes becomes a printed traceback.
             return error
         return images, targets
+
+    def _read(self, key: Key, image: Tensor) -> int:
+        """Fill `image` with that of `key`, or the one that replaces it; returns its row."""
+        row = key[1]
+        others: Sequence[int] = ()
+        for attempt in range(100):
+            try:
+                if self.cache is not None:
+                    self.cache.read(row, image)
+                else:
+                    path = self.annotations.path(row)
+                    squish(read_image(path, self.max_pixels), self.image_size, out=image)
+                return row
+            except DataError as error:
+                if not self.skip:
+                    raise
+                self.unreadable[row] = True
+                bad = int(self.unreadable.sum())
+                if bad > MAX_UNREADABLE * len(self):
+                    raise DataError(
+                        f"{bad} of {len(self):,} images cannot be read, more than 1 %; the last: "
+                        f"{error}"
+                    ) from None
+                if not others:
+                    random = np.random.default_rng([self.seed, *key])
+                    others = random.integers(len(self), size=100).tolist()
+                row = others[attempt]
+        raise AssertionError("a hundred images drawn at random, and not one of 99 % that is good")
+
+
+def _empty(dtype: torch.dtype, *shape: int) -> Tensor:
+    if torch.utils.data.get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype)
+    storage = torch.UntypedStorage._new_shared(  # type: ignore[no-untyped-call]
+        int(np.prod(shape)), device="cpu"
+    )
+    return torch.empty(0, dtype=dtype).set_(storage).view(shape)
 
 
 def _as_is(batch: object) -> object:

@@ -1,0 +1,146 @@
+"""Batches: order, ranks, images that cannot be read, memory that is shared and not copied."""
+
+import logging
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from asl.data import loader
+from asl.data.annotations import Annotations
+from asl.data.augment import apply
+from asl.data.image_cache import open_image_cache
+from asl.data.loader import Batches
+from asl.errors import DataError
+
+SIZE = 16
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A function that writes N pictures, some of them unreadable, and returns their annotations."""
+
+    def write(count, bad=()):
+        names = np.array([f"{i}.png".encode() for i in range(count)])
+        for i, name in enumerate(names):
+            # The first pixel tells which picture it is.
+            pixels = np.random.default_rng(i).integers(256, size=(SIZE, SIZE, 3), dtype=np.uint8)
+            pixels[0, 0] = i
+            path = tmp_path / name.decode()
+            Image.fromarray(pixels).save(path)
+            if i in bad:
+                path.write_bytes(path.read_bytes()[:100])
+        return Annotations.unlabelled(tmp_path, names, ["a", "b"])
+
+    return write
+
+
+def as_rank(monkeypatch, rank, ranks):
+    monkeypatch.setattr(loader, "rank", lambda: rank)
+    monkeypatch.setattr(loader, "world_size", lambda: ranks)
+
+
+def seen(batches, epoch=0):
+    """The numbers of the pictures of every batch that count."""
+    return [batch.images[: len(batch.targets), 0, 0, 0].tolist() for batch in batches.epoch(epoch)]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+@pytest.mark.parametrize("count", [16, 17, 19])
+def test_ranks_split_every_training_batch_of_one_process(count, ranks, pictures, monkeypatch):
+    annotations = pictures(count)
+    alone = seen(Batches(annotations, SIZE, 8, shuffle=True, workers=0))
+    shares = []
+    for rank in range(ranks):
+        as_rank(monkeypatch, rank, ranks)
+        shares.append(seen(Batches(annotations, SIZE, 8, shuffle=True, workers=0)))
+    together = [sorted(chain(*parts)) for parts in zip(*shares, strict=True)]
+    assert together == [sorted(batch) for batch in alone]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+@pytest.mark.parametrize("count", [16, 17, 35])
+def test_ranks_are_dealt_the_very_batches_of_one_process_for_scoring(
+    count, ranks, pictures, monkeypatch
+):
+    annotations = pictures(count)
+    alone = seen(Batches(annotations, SIZE, 8, workers=0))
+    dealt = {}
+    for rank in range(ranks):
+        as_rank(monkeypatch, rank, ranks)
+        for turn, batch in enumerate(seen(Batches(annotations, SIZE, 8, workers=0))):
+            dealt[turn * ranks + rank] = batch
+    assert [dealt[i] for i in range(len(alone))] == alone
+    assert not any(dealt[i] for i in range(len(alone), len(dealt)))
+
+
+def test_a_rank_without_a_share_gets_an_image_that_does_not_count(pictures, monkeypatch):
+    as_rank(monkeypatch, 1, 2)
+    *_, last = Batches(pictures(9), SIZE, 8, shuffle=True, workers=0).epoch(0)
+    assert len(last.images) == 1
+    assert last.targets.shape == (0, 2)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_augmentation_on_the_device_gets_the_numbers_that_workers_would_use(workers, pictures):
+    annotations = pictures(12)
+    options = {"augment": "recipe", "shuffle": True, "seed": 3, "workers": workers}
+    now = list(Batches(annotations, SIZE, 5, **options).epoch(2, start=1))
+    later = list(Batches(annotations, SIZE, 5, augment_later=True, **options).epoch(2, start=1))
+    assert len(now) == 2
+    for batch, raw in zip(now, later, strict=True):
+        assert batch.numbers is None
+        augmented = [apply(*each) for each in zip(raw.images, raw.numbers, strict=True)]
+        assert torch.equal(torch.stack(augmented), batch.images)
+
+
+def test_the_image_cache_changes_no_pixel(pictures, tmp_path):
+    annotations = pictures(10)
+    cache = open_image_cache(tmp_path / "cache", annotations, SIZE // 2, workers=1)
+    options = {"augment": "recipe", "shuffle": True, "workers": 0}
+    read = Batches(annotations, SIZE // 2, 4, **options).epoch(0)
+    cached = Batches(annotations, SIZE // 2, 4, cache=cache, **options).epoch(0)
+    for one, other in zip(read, cached, strict=True):
+        assert torch.equal(one.images, other.images)
+
+
+def test_a_worker_fills_shared_memory(pictures):
+    [batch] = Batches(pictures(4), SIZE, 4, workers=1).epoch(0)
+    assert batch.images.is_shared()
+    assert batch.targets.is_shared()
+
+
+def test_an_unreadable_image_is_an_error_that_names_it(pictures):
+    with pytest.raises(DataError, match=r"3\.png"):
+        seen(Batches(pictures(8, bad=[3]), SIZE, 4, workers=0))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_skipped_image_is_replaced_by_the_same_other_one_each_time(
+    cached, workers, pictures, tmp_path, caplog
+):
+    annotations = pictures(120, bad=[7])
+    cache = None
+    if cached:
+        cache = open_image_cache(tmp_path / "cache", annotations, SIZE, workers=1, bad="skip")
+    options = {"shuffle": True, "bad_images": "skip", "cache": cache}
+    good = Batches(annotations, SIZE, 16, **options, workers=0)
+    again = Batches(annotations, SIZE, 16, **options, workers=workers)
+    with caplog.at_level(logging.WARNING):
+        first, second = seen(good, epoch=1), seen(again, epoch=1)
+    assert first == second
+    pictures_seen = sorted(chain(*first))
+    assert len(pictures_seen) == 120
+    assert 7 not in pictures_seen
+    assert len(set(pictures_seen)) == 119
+    assert "7.png" in caplog.text
+    assert seen(good, epoch=2) != first
+
+
+def test_more_than_one_percent_of_unreadable_images_is_an_error(pictures):
+    batches = Batches(pictures(120, bad=[5, 50]), SIZE, 8, bad_images="skip", workers=0)
+    with pytest.raises(DataError, match="2 of 120 images cannot be read, more than 1 %"):
+        seen(batches)
