@@ -28,6 +28,8 @@ def main() -> None:
     from asl.engine import predict
 
     predictions = predict(config)
+    if not predictions:
+        return  # rank 0 has them
     for prediction in predictions:
         print(report.prediction_text(prediction))
     if config.json:

@@ -25,15 +25,17 @@ def main() -> None:
     config = parse("validate", "Measure a checkpoint on a data set.", read_checkpoint=load)
 
     from asl import report
-    from asl.engine import estimate_prior, evaluate
+    from asl.engine import evaluate
 
     figures = evaluate(config)
+    if not figures:
+        return  # rank 0 has them
     print(report.evaluation_text(figures))
     if config.json:
         report.write_json(figures, config.json)
         print(f"all figures: {config.json}")
     if config.estimate_prior:
-        print(f"prior: {estimate_prior(config)}")
+        print(f"prior: {config.estimate_prior}")
 
 
 if __name__ == "__main__":

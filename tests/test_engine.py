@@ -1,9 +1,7 @@
-"""The training step against the official one, and what a run promises."""
+"""The training step against the official one, and what the options of a run change."""
 
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -13,8 +11,9 @@ from torch import nn
 
 from asl import checkpoint
 from asl.config import Config
+from asl.data.loader import Batch
 from asl.engine import Training, create_loss, fit, pick_device, precision, score
-from asl.errors import DataError, Interrupted, TrainingError, UsageError
+from asl.errors import DataError, TrainingError, UsageError
 
 GOLDEN = Path(__file__).parent / "golden"
 CPU = torch.device("cpu")
@@ -62,90 +61,18 @@ def test_losses_learning_rates_and_weights_follow_the_official_trajectory():
             torch.testing.assert_close(state.state_dict()[key], expected, rtol=1e-4, atol=1e-4)
 
 
-class Signalled:
-    """Sends this process a signal after a number of training steps."""
-
-    def __init__(self, monkeypatch, step, number=signal.SIGINT):
-        self.taken, self.step, self.number = 0, Training.step, number
-        monkeypatch.setattr(Training, "step", lambda *batch: self(step, *batch))
-
-    def __call__(self, step, *batch):
-        self.taken += 1
-        if self.taken == step:
-            os.kill(os.getpid(), self.number)
-        return self.step(*batch)
-
-
-def settings(root, output, **more):
-    return Config(
-        data=str(root),
-        model_name="test_resnet",
-        image_size=48,
-        batch_size=8,
-        lr=1e-3,
-        epochs=3,
-        amp="off",
-        output=str(output),
-        **{"workers": 0, "ema_decay": 0.9, **more},
-    )
+def settings(root, output, **changed):
+    usual = {
+        **{"model_name": "test_resnet", "image_size": 48, "batch_size": 8, "workers": 0},
+        **{"lr": 1e-3, "epochs": 3, "ema_decay": 0.9, "amp": "off"},
+    }
+    return Config(data=str(root), output=str(output), **{**usual, **changed})
 
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory, small_shapes):
     """A run of three epochs of five steps that nothing disturbed."""
     return fit(settings(small_shapes, tmp_path_factory.mktemp("whole")))
-
-
-def interrupted_fit(config, step):
-    with pytest.MonkeyPatch.context() as patch:
-        Signalled(patch, step)
-        fit(config)
-
-
-@pytest.mark.parametrize("step", [1, 5, 8, 15])
-def test_a_run_that_goes_on_after_a_signal_equals_one_without(
-    step, whole_run, small_shapes, tmp_path
-):
-    with pytest.raises(Interrupted, match="--resume"):
-        interrupted_fit(settings(small_shapes, tmp_path), step)
-    # Another number of workers gives the same samples.
-    fit(settings(small_shapes, tmp_path, resume=True, workers=1))
-
-    assert (tmp_path / "metrics.jsonl").read_text() == (whole_run / "metrics.jsonl").read_text()
-    for name in ("last.pt", "best.pt"):
-        resumed, whole = checkpoint.load(tmp_path / name), checkpoint.load(whole_run / name)
-        for which in ("ema", "regular"):
-            for key, value in whole[which].items():
-                assert torch.equal(resumed[which][key], value), (name, which, key)
-
-
-def test_a_run_resumed_with_other_settings_is_refused_and_the_settings_are_named(
-    whole_run, small_shapes
-):
-    other = settings(small_shapes, whole_run, resume=True, weight_decay=0.5, print_freq=7)
-    before = (whole_run / "config.yaml").read_text()
-    with pytest.raises(UsageError, match=r"weight_decay: 0\.0001 then, 0\.5 now\)"):
-        fit(other)
-    assert (whole_run / "config.yaml").read_text() == before
-
-
-def test_a_folder_that_holds_a_run_is_overwritten_only_when_asked(small_shapes, tmp_path):
-    once = settings(small_shapes, tmp_path / "run", stop_epoch=1)
-    fit(once)
-    with pytest.raises(UsageError, match="--overwrite"):
-        fit(once)
-    fit(settings(small_shapes, tmp_path / "run", stop_epoch=1, overwrite=True))
-    with pytest.raises(UsageError, match="no run to resume"):
-        fit(settings(small_shapes, tmp_path / "nothing", resume=True))
-
-
-def test_runs_without_a_folder_are_numbered(small_shapes, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folders = [fit(settings(small_shapes, "", stop_epoch=1)) for _ in range(2)]
-    assert [str(folder) for folder in folders] == [
-        "runs/coco_test_resnet",
-        "runs/coco_test_resnet-2",
-    ]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_epoch_and_step(small_shapes, tmp_path):
@@ -206,10 +133,10 @@ def test_scores_of_several_models_come_from_one_pass():
     def batches():
         for size in (3, 2):
             taken.append(size)
-            yield torch.rand(size, 4), None
+            yield Batch(torch.rand(size, 4), torch.empty(size, 5))
 
     models = [nn.Linear(4, 5), nn.Linear(4, 5)]
-    first, second = score(models, batches(), prepare=lambda images: images)
+    first, second = score(models, batches(), prepare=lambda batch: batch.images)
     assert taken == [3, 2]
     assert first.shape == second.shape == (5, 5)
     assert not torch.equal(first, second)

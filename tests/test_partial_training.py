@@ -11,7 +11,7 @@ from asl.config import Config
 from asl.data import read
 from asl.data.annotations import PRESENT, UNANNOTATED
 from asl.data.partial import simulate
-from asl.engine import Training, estimate_prior, evaluate, fit
+from asl.engine import Training, evaluate, fit
 from asl.errors import DataError, Interrupted, UsageError
 
 
@@ -104,7 +104,8 @@ def test_the_prior_is_the_mean_score_over_the_training_split(small_shapes, tmp_p
         model_path=str(run / "best.pt"),
         estimate_prior=str(tmp_path / "prior.csv"),
     )
-    with estimate_prior(asked).open() as file:
+    evaluate(asked)
+    with (tmp_path / "prior.csv").open() as file:
         values = [float(row["avg_pred"]) for row in csv.DictReader(file)]
     assert len(values) == 24
     assert all(0 < value < 1 for value in values)
@@ -152,7 +153,7 @@ def test_adaptive_asymmetry_moves_gamma_is_logged_and_resumed(small_shapes, tmp_
     monkeypatch.setattr(Training, "step", stop_at_the_seventh)
     with pytest.raises(Interrupted):
         fit(settings(small_shapes, tmp_path / "part", **adaptive))
-    fit(settings(small_shapes, tmp_path / "part", resume=True, **adaptive))
+    fit(settings(small_shapes, tmp_path / "part", resume="last", **adaptive))
     assert rows_of(tmp_path / "part") == whole
 
 

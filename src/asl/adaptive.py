@@ -1,9 +1,9 @@
 """Adaptive asymmetry (ASL, arXiv 2009.14119, section 2.7): gamma_neg set by the training itself."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from asl.distributed import summed
 from asl.losses import AsymmetricLoss, PartialSelectiveLoss
 
 
@@ -69,11 +69,11 @@ class AdaptiveAsymmetry(nn.Module):
     def _adapt(self, logits: Tensor, targets: Tensor) -> None:
         p = logits.float().sigmoid()
         present, absent = (targets == 1).float(), (targets == 0).float()
-        sums = torch.stack(
-            [(p * present).sum(), present.sum(), ((1 - p) * absent).sum(), absent.sum()]
+        sums = summed(
+            torch.stack(
+                [(p * present).sum(), present.sum(), ((1 - p) * absent).sum(), absent.sum()]
+            )
         )
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(sums)
         gap = sums[0] / sums[1] - sums[2] / sums[3]
         moved = (self.gamma_neg + self.step * (self.target - gap)).clamp(min=0)
         # 0 / 0 where there is nothing to compare. New tensors, as backward may need the old ones.

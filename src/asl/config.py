@@ -5,6 +5,7 @@ training script's COCO recipe), the checkpoint that is evaluated, the recipe (`-
 command line. Everything is checked on the way: names, types, choices and ranges.
 """
 
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
@@ -128,8 +129,22 @@ class Config:
         at_least=8,
         at_most=4096,
     )
+    max_pixels: int = _data(
+        89_478_485,
+        "refuse larger pictures before they are decoded, as they could fill the memory",
+        scripts=_EVERYWHERE,
+        at_least=1,
+    )
+    bad_images: Literal["error", "skip"] = _data(
+        "error",
+        "training images that cannot be read: stop, or take another in their place, up to 1 %",
+    )
+    cache_dir: str = _data("", "keep the squished images in this folder", scripts="train validate")
     augment: Literal["recipe", "flip", "none"] = _data(
         "recipe", "Cutout and RandAugment as in the paper, a horizontal flip, or nothing"
+    )
+    augment_on: Literal["auto", "workers", "device"] = _data(
+        "auto", "where that is done; auto: on a GPU if there is one, else in the workers"
     )
     workers: int | None = _data(
         None,
@@ -202,7 +217,11 @@ class Config:
     lr: float = _optimisation(1e-4, "peak learning rate of the one-cycle schedule", above=0)
     weight_decay: float = _optimisation(1e-4, "of weights with more than one dimension", at_least=0)
     batch_size: int = _optimisation(
-        128, "images per step", scripts=_EVERYWHERE, aliases=("-b",), at_least=1
+        128,
+        "images per step, of all processes together",
+        scripts=_EVERYWHERE,
+        aliases=("-b",),
+        at_least=1,
     )
     epochs: int = _optimisation(80, "length of the one-cycle schedule", at_least=1)
     stop_epoch: int = _optimisation(
@@ -218,6 +237,7 @@ class Config:
         False, "let the decay grow from 0 over the first steps: for runs of few steps"
     )
     grad_clip: float | None = _optimisation(None, "largest norm of the gradient", above=0)
+    sync_bn: bool = _optimisation(False, "batch statistics of all processes, on GPUs")
 
     weights: Literal["ema", "regular", "best"] = _evaluation(
         "ema", "which set of a checkpoint of train.py to use", scripts="validate infer"
@@ -256,7 +276,13 @@ class Config:
         "(default: predictions)",
         scripts="train infer",
     )
-    resume: bool = _run(False, "go on from the last checkpoint of the run folder")
+    resume: str = _run(
+        "",
+        "go on from the last checkpoint of the run folder; --resume FILE: else from that file",
+    )
+    checkpoint_every: str = _run(
+        "", "also write last.pt within an epoch: every N steps, or every Nmin minutes"
+    )
     overwrite: bool = _run(False, "start anew in a folder that already holds a run")
     running_prior: bool = _run(
         False, "keep the mean score of each class during training, in prior.csv"
@@ -269,6 +295,10 @@ class Config:
         "auto", "precision of the forward pass; auto: what is faster here", scripts=_EVERYWHERE
     )
     compile: bool = _run(False, "compile the model with torch.compile")
+    deterministic: bool = _run(
+        False, "only operations that give the same bits again, on GPUs at the cost of speed"
+    )
+    profile: bool = _run(False, "write a trace of a few steps to trace.json in the run folder")
     print_freq: int = _run(100, "steps between looks at the loss", at_least=1)
     tensorboard: bool = _run(False, "also log to TensorBoard in the run folder")
 
@@ -282,8 +312,14 @@ class Config:
             raise UsageError("loss bce takes neither gamma_neg, gamma_pos nor clip")
         if self.prior_path and self.unannotated != "selective":
             raise UsageError("prior_path has a meaning for unannotated selective alone")
+        if self.clip is not None and 0 < self.clip < 1e-6:
+            raise UsageError(f"clip is {self.clip}: a margin below 1e-6 is lost in rounding, use 0")
         if self.pretrained and self.model_path:
             raise UsageError("model_path and pretrained both name weights to start from: drop one")
+        if self.checkpoint_every and not re.fullmatch(r"[1-9]\d*(min)?", self.checkpoint_every):
+            raise UsageError(
+                f"checkpoint_every is {self.checkpoint_every!r}: steps (500) or minutes (10min)"
+            )
 
     @property
     def asymmetry(self) -> tuple[float, float, float]:
@@ -300,6 +336,9 @@ class Config:
         neg, pos, clip = self.asymmetry
         return OmegaConf.to_yaml(asdict(replace(self, gamma_neg=neg, gamma_pos=pos, clip=clip)))
 
+
+RESUME_LAST = "last"  # `resume` without a file
+_BARE_RESUME = {("--resume", ""), ("--resume", "-")}  # at the end, or before the next option
 
 # gamma_neg, gamma_pos, clip: the official training script's ASL; focal loss and cross-entropy are
 # the same formula with equal gammas and without margin (ASL paper, section 2.2).
@@ -392,6 +431,7 @@ def _from_command_line(script: str, description: str, argv: Sequence[str], base:
         option = (each.name, Annotated[hint, about], field(default=getattr(base, each.name)))
         groups.setdefault(each.metadata["group"], []).append(option)
     _refuse_doubled(argv, spellings)
+    argv = _with_bare_resume(argv)
     nested = []
     for title, options in groups.items():
         group: Any = make_dataclass(title, options)
@@ -412,6 +452,14 @@ def _from_command_line(script: str, description: str, argv: Sequence[str], base:
 def _metavar(hint: Any) -> str | None:
     # tyro would show an optional number as {None}|INT.
     return {int | None: "INT", float | None: "FLOAT", str | None: "STR"}.get(hint)
+
+
+def _with_bare_resume(argv: Sequence[str]) -> list[str]:
+    # `--resume` may stand alone, which tyro does not know of an option that takes a value.
+    return [
+        f"--resume={RESUME_LAST}" if (word, after[:1]) in _BARE_RESUME else word
+        for word, after in zip(argv, [*argv[1:], ""], strict=False)
+    ]
 
 
 def _refuse_doubled(argv: Sequence[str], spellings: Mapping[str, str]) -> None:

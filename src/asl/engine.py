@@ -1,47 +1,55 @@
 """The loop: `fit` trains, `evaluate` measures a checkpoint, `predict` labels images."""
 
-import json
 import math
 import os
-import shlex
-import signal
-import subprocess
-import sys
-import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
-from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-import timm
+import numpy as np
 import torch
+from timm.layers.norm_act import convert_sync_batchnorm
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from asl import __version__, checkpoint, report
+from asl import checkpoint, report
 from asl.adaptive import AdaptiveAsymmetry
-from asl.atomic import replacing
-from asl.config import Config
+from asl.config import RESUME_LAST, Config
 from asl.data import default_split, read
 from asl.data.annotations import UNANNOTATED, Annotations, without_missing
+from asl.data.augment_device import apply_batch
 from asl.data.classes import match_classes, read_descriptions
+from asl.data.image_cache import open_image_cache
 from asl.data.images import find_images
-from asl.data.loader import Batches
+from asl.data.loader import Batch, Batches, default_workers
 from asl.data.partial import simulate
+from asl.distributed import (
+    broadcast_buffers,
+    from_rank_0,
+    gather_dealt,
+    process_group,
+    rank,
+    summed,
+    world_size,
+)
 from asl.errors import DataError, Interrupted, TrainingError, UsageError
+from asl.interrupts import Interrupts
 from asl.losses import AsymmetricLoss, AsymmetricLossOptimized, PartialSelectiveLoss
 from asl.metrics import Protocol, evaluate_scores, f1_scores, mean_average_precision
-from asl.models import create_model, load_model, normalization
+from asl.models import create_model, fold_batchnorm, load_model, normalization
 from asl.prior import RunningPrior, read_prior, write_prior
+from asl.run import Run, provenance, run_folder
 
 T = TypeVar("T")
-Batch = tuple[Tensor, Tensor]
-# uint8 images (B, 3, S, S) on the host to normalised float32 ones on the device.
-Prepare = Callable[[Tensor], Tensor]
+ESTIMATE = "estimate"  # `prior_path` where the prior is to be estimated first
+SLOW_DATA = 0.1  # share of an epoch's time spent waiting for data from which on that is said
+HALF_ABOVE = 2**27  # scores: larger tables are kept in half precision, 256 MB and up
 
 
 class Training:
@@ -55,8 +63,12 @@ class Training:
         steps_per_epoch: int,
         device: torch.device,
     ) -> None:
-        self.model, self.device = model, device
-        self.forward = torch.compile(model) if config.compile else model
+        self.model, self.device, self.seed = model, device, config.seed
+        self.forward: nn.Module = model
+        if world_size() > 1:
+            self.forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        if config.compile:
+            self.forward = torch.compile(self.forward)  # type: ignore[assignment]
         self.loss = loss.to(device)
         self.optimizer = create_optimizer(model, config)
         total = config.epochs * steps_per_epoch
@@ -76,19 +88,31 @@ class Training:
             num_classes: int = model.num_classes  # type: ignore[assignment]  # timm's models say
             self.running_prior = RunningPrior(num_classes).to(device)
         self.ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=config.ema_warmup)
+        # Listed once. timm's own update makes both state dicts anew in every step, which takes as
+        # long as the average itself.
+        pairs = zip(self.ema.module.state_dict().values(), model.state_dict().values(), strict=True)
+        floating = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._averages, self._sources = ([pair[which] for pair in floating] for which in (0, 1))
         self.steps = 0
 
     def step(self, images: Tensor, targets: Tensor) -> Tensor:
-        """One update from normalised images (B, 3, S, S) and targets (B, C).
+        """One update from this rank's normalised images (B, 3, S, S) and targets (B, C).
 
-        Returns the loss, summed over batch and classes: 0-d, detached, on the device. Nothing here
-        waits for the device.
+        Returns the loss, summed over classes and the batches of all ranks: 0-d, detached, on the
+        device. Nothing here waits for the device.
         """
-        self.model.train()
+        # What dropout draws depends on (seed, step, rank) alone: no state of it is to be saved.
+        drawn = np.random.SeedSequence([self.seed, self.steps, rank()]).generate_state(1)
+        torch.manual_seed(int(drawn[0]))
+        if not self.model.training:  # asking costs nothing, telling every layer a millisecond
+            self.model.train()
         with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
             logits = self.forward(images)
+        logits = logits[: len(targets)]  # fewer than images: see `Batch`
         loss: Tensor = self.loss(logits, targets)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        # The loss is a sum, of which DistributedDataParallel averages the gradients.
+        scaled = self.scaler.scale(loss * world_size())
+        scaled.backward()  # type: ignore[no-untyped-call]
         if self.grad_clip is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
@@ -99,9 +123,35 @@ class Training:
         self.steps += 1
         if self.running_prior is not None:
             self.running_prior.update(logits)
+        self.average()
+        return summed(loss.detach())
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Move the averaged parameters and running statistics towards the present ones."""
         # timm counts steps for the warm-up only: given them without one, it skips the first.
-        self.ema.update(self.model, step=self.steps if self.ema.use_warmup else None)
-        return loss.detach()
+        decay = self.ema.get_decay(self.steps if self.ema.use_warmup else None)
+        torch._foreach_lerp_(self._averages, self._sources, 1 - decay)
+
+    def finite(self, losses: Sequence[Tensor], epoch: int) -> list[float]:
+        """The losses of `epoch` (from 0) as numbers: waits for the device once, not once per step.
+
+        Raises `TrainingError` where one is not finite, or the loss scale of float16 has collapsed.
+        """
+        values: list[float] = torch.stack(list(losses)).tolist()
+        scale = f", with the loss scale at {self.scaler.get_scale():g}" * self.scaler.is_enabled()
+        for step, value in enumerate(values, start=1):
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"the loss is {value} at epoch {epoch + 1}, step {step}{scale}: lower --lr, or "
+                    "train with --amp off. The checkpoints hold the state before that."
+                )
+        if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
+            raise TrainingError(
+                f"epoch {epoch + 1}: gradients overflow float16 again and again, the last of more "
+                "than 16 steps without an update: lower --lr, or train with --amp bf16 or off"
+            )
+        return values
 
     @property
     def lr(self) -> float:
@@ -114,7 +164,6 @@ class Training:
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step depends on beside the weights."""
-        on_cuda = self.device.type == "cuda"
         return {
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -122,8 +171,6 @@ class Training:
             "loss": self.loss.state_dict(),
             "running_prior": self.running_prior and self.running_prior.state_dict(),
             "steps": self.steps,
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state(self.device) if on_cuda else None,
         }
 
     def load_state_dict(self, state: dict[str, Any], weights: dict[str, dict[str, Tensor]]) -> None:
@@ -137,9 +184,6 @@ class Training:
         if self.running_prior is not None:
             self.running_prior.load_state_dict(state["running_prior"])
         self.steps = state["steps"]
-        torch.set_rng_state(state["random"])
-        if state["random_cuda"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random_cuda"], self.device)
 
 
 def create_loss(config: Config, partial: bool = False, prior: Tensor | None = None) -> nn.Module:
@@ -189,55 +233,96 @@ def create_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 def fit(config: Config) -> Path:
-    """Train as `config` says and return the folder of the run.
+    """Train as `config` says and return the folder of the run (`run.Run` says what is in it).
 
-    The folder holds config.yaml, metrics.jsonl (a line per epoch), curves.png, last.pt (what
-    `--resume` goes on from) and best.pt (the epoch with the highest mAP, be it of the averaged or
-    of the regular weights; both are in it).
-
-    Raises `UsageError` and `DataError` for what is wrong with the input, `TrainingError` when the
-    loss is no longer finite, and `Interrupted` on SIGINT and SIGTERM, after last.pt was written.
+    Started by torchrun, the processes share every batch, and rank 0 writes. Raises `UsageError` and
+    `DataError` for what is wrong with the input, `TrainingError` when the loss is no longer finite,
+    and `Interrupted` on SIGINT and SIGTERM, after last.pt was written.
     """
-    if config.prior_path == "estimate":
-        config = _with_estimated_prior(config)
-    device = pick_device(config.device)
+    with process_group(pick_device(config.device)) as device:
+        if config.prior_path == ESTIMATE:
+            config = _with_estimated_prior(config)
+        return _fit(config, device)
+
+
+def _fit(config: Config, device: torch.device) -> Path:
+    if config.batch_size < world_size():
+        raise UsageError(f"batch_size is {config.batch_size}, but there are {world_size()} ranks")
+    if config.sync_bn and device.type != "cuda":
+        raise UsageError(f"sync_bn needs GPUs, and the device is {device.type}")
+    _choose_algorithms(config.deterministic)
     train_set = _annotations(config, "train")
     if config.simulate_partial is not None:
         train_set = simulate(train_set, config.simulate_partial, config.partial_seed)
     val_set = _annotations(config, "val", train_set.classes)
-    batches = _batches(config, train_set, device, shuffle=True, augment=config.augment)
-    val_batches = _batches(config, val_set, device)
+    run = Run(config)
     torch.manual_seed(config.seed)
-    model = _on(device, _new_model(config, train_set.num_classes))
+    fresh = config if run.kept is None else replace(config, model_path="", pretrained=False)
+    model = _on(device, _new_model(fresh, train_set.num_classes))
+    if config.sync_bn:
+        model = convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     prepare = _prepare(model, device)
     partial = bool(train_set.counts(UNANNOTATED).any())
     prior = read_prior(config.prior_path, train_set.classes) if config.prior_path else None
     loss = create_loss(config, partial, prior)
+    later = {"auto": device.type != "cpu", "workers": False, "device": True}[config.augment_on]
+    batches = _batches(
+        config,
+        train_set,
+        device,
+        shuffle=True,
+        augment=config.augment,
+        augment_later=later,
+        bad_images=config.bad_images,
+    )
+    val_batches = _batches(config, val_set, device)
     training = Training(model, loss, config, len(batches), device)
-    run = _Run(config, train_set.classes)
-    first_epoch, losses = run.start(training)
+    first_epoch, losses = 0, list[Tensor]()
+    if run.kept is not None:
+        first_epoch, losses = run.kept["epoch"], list(run.kept["losses"].to(device))
+        training.load_state_dict(run.kept["training"], run.kept)
     last_epoch = min(config.stop_epoch, config.epochs)
 
-    with _signals() as until_signal:
+    with run.owned(train_set.classes), Interrupts() as interrupts:
+        if run.kept is not None:
+            run.write_log(training)
         for epoch in range(first_epoch, last_epoch):
             try:
-                bar = _progress(batches, epoch, f"epoch {epoch + 1}/{last_epoch}", len(losses))
-                for images, targets in until_signal(bar):
-                    losses.append(training.step(prepare(images), targets.to(device)))
+                started, batches.waited = time.perf_counter(), 0.0
+                title = f"epoch {epoch + 1}/{last_epoch}"
+                bar = _progress(batches, epoch, title, len(losses))
+                steps = _traced(bar, run.folder) if config.profile and epoch == first_epoch else bar
+                for batch in interrupts.until_stopped(steps):
+                    targets = batch.targets.to(device, non_blocking=True)
+                    losses.append(training.step(prepare(batch), targets))
                     if len(losses) % config.print_freq == 0:
-                        latest = _finite(losses, epoch)[-1]
+                        latest = training.finite(losses, epoch)[-1]
                         bar.set_postfix(loss=f"{latest:.1f}", lr=f"{training.lr:.1e}")
+                    if interrupts.save_asked() or run.is_due(training.steps):
+                        training.finite(losses, epoch)
+                        run.save(training, epoch, losses)
                 row = {
                     "epoch": epoch + 1,
                     "lr": training.lr,
-                    "loss": mean(_finite(losses, epoch)),
+                    "loss": mean(training.finite(losses, epoch)),
                 }
+                waiting = batches.waited / (time.perf_counter() - started)
+                if waiting > SLOW_DATA:
+                    print(
+                        f"waited for data {waiting:.0%} of the time: "
+                        "raise --workers or use --cache-dir"
+                    )
                 if (epoch + 1) % config.val_every == 0 or epoch + 1 == last_epoch:
+                    # A run that is lost while it validates has lost no step.
+                    run.save(training, epoch, losses)
                     models = {"ema": training.ema.module, "regular": model}
-                    bar = _progress(val_batches, 0, "validation")
-                    dtype = precision(config.amp, device, training=False)
-                    scores = score(models.values(), until_signal(bar), prepare, dtype)
-                    row |= _figures(dict(zip(models, scores, strict=True)), val_set, config)
+                    for each in models.values():
+                        broadcast_buffers(each)
+                    rest = interrupts.until_stopped(_progress(val_batches, 0, "validation"))
+                    folded = [fold_batchnorm(deepcopy(each)) for each in models.values()]
+                    tables = _score_all(folded, rest, config, val_set, device)
+                    for name, scores in zip(models, tables, strict=True):
+                        row |= _figures(name, scores, val_set, config)
             except Interrupted:
                 run.save(training, epoch, losses)
                 raise
@@ -245,7 +330,8 @@ def fit(config: Config) -> Path:
                 row |= {"gap": loss.gap.item(), "gamma_neg": loss.gamma_neg.item()}
             losses = []
             run.end_epoch(training, row)
-    report.curves(run.history, run.folder / "curves.png")
+    if rank() == 0:
+        report.curves(run.history, run.folder / "curves.png")
     return run.folder
 
 
@@ -253,16 +339,23 @@ def evaluate(config: Config) -> dict[str, Any]:
     """Measure the checkpoint `config.model_path` on the validation split.
 
     Returns what `metrics.evaluate_scores` does, with "checkpoint", "weights", "dataset", "split",
-    "image_size" and `provenance` beside it. Classes are matched by name. Raises `UsageError` and
-    `DataError` for what is wrong with the input.
+    "image_size" and `provenance` beside it; started by torchrun, on rank 0, and nothing on others.
+    Classes are matched by name. With `config.estimate_prior` the mean score of every class over the
+    training split, whose labels are not looked at, is written there: the prior of CSL, if the model
+    was trained with unannotated cells ignored.
+
+    Raises `UsageError` and `DataError` for what is wrong with the input.
     """
-    device = pick_device(config.device)
-    model, classes, about = _trained_model(config, device)
-    dataset = _annotations(config, "val", classes)
-    names = _display_names(config, classes)
-    batches = _progress(_batches(config, dataset, device), 0, "validation")
-    dtype = precision(config.amp, device, training=False)
-    [scores] = score([model], batches, _prepare(model, device), dtype)
+    with process_group(pick_device(config.device)) as device:
+        model, classes, about = _trained_model(config, device)
+        dataset = _annotations(config, "val", classes)
+        names = _display_names(config, classes)
+        batches = _progress(_batches(config, dataset, device), 0, "validation")
+        [scores] = _score_all([model], batches, config, dataset, device)
+        if config.estimate_prior:
+            _estimate_prior(config, model, classes, device)
+    if scores is None:
+        return {}
     figures = evaluate_scores(
         scores,
         dataset.dense(),
@@ -282,41 +375,36 @@ def evaluate(config: Config) -> dict[str, Any]:
     }
 
 
-def estimate_prior(config: Config) -> Path:
-    """Write the mean score of every class over the training split to `config.estimate_prior`.
-
-    That is the prior of CSL, if the model was trained with unannotated cells ignored. The labels of
-    the split are not looked at. Returns the path.
-    """
-    device = pick_device(config.device)
-    model, classes, _ = _trained_model(config, device)
-    batches = _progress(
-        _batches(config, _annotations(config, "train", classes), device), 0, "prior"
-    )
-    dtype = precision(config.amp, device, training=False)
-    [scores] = score([model], batches, _prepare(model, device), dtype)
-    write_prior(config.estimate_prior, classes, scores.mean(0))
-    return Path(config.estimate_prior)
+def _estimate_prior(
+    config: Config, model: nn.Module, classes: Sequence[str], device: torch.device
+) -> None:
+    dataset = _annotations(config, "train", classes)
+    batches = _progress(_batches(config, dataset, device), 0, "prior")
+    [scores] = _score_all([model], batches, config, dataset, device)
+    if scores is not None:
+        write_prior(config.estimate_prior, classes, scores.mean(0, dtype=torch.float32))
 
 
 def _with_estimated_prior(config: Config) -> Config:
     """Train a model that ignores unannotated cells, in the run's folder `prior`, and ask it."""
-    folder = _run_folder(config)
+    folder = from_rank_0(lambda: run_folder(config))
     path = folder / "prior" / "prior.csv"
-    if not path.exists():
+    if not from_rank_0(path.exists):
+        interrupted = config.resume and from_rank_0((path.parent / "last.pt").exists)
         first = replace(
             config,
             unannotated="ignore",
             prior_path="",
             output=str(path.parent),
             overwrite=True,
-            resume=config.resume and (path.parent / "last.pt").exists(),
+            resume=RESUME_LAST if interrupted else "",
         )
-        best = fit(first) / "best.pt"
-        estimate_prior(
-            replace(first, model_path=str(best), pretrained=False, estimate_prior=str(path))
-        )
-    resume = config.resume and (folder / "last.pt").exists()
+        best = replace(first, model_path=str(fit(first) / "best.pt"), pretrained=False)
+        device = pick_device(config.device)
+        model, classes, _ = _trained_model(best, device)
+        _estimate_prior(replace(best, estimate_prior=str(path)), model, classes, device)
+    begun = from_rank_0((folder / "last.pt").exists)
+    resume = "" if config.resume == RESUME_LAST and not begun else config.resume
     return replace(config, prior_path=str(path), output=str(folder), resume=resume)
 
 
@@ -325,17 +413,19 @@ def predict(config: Config) -> list[dict[str, Any]]:
 
     Returns, for every image, its "file" and its "labels": the `top_k` (10) with the highest scores,
     from high to low, each with "name", "score" in [0, 1] and "predicted" (score above
-    `threshold`). Raises `UsageError` and `DataError` for what is wrong with the input.
+    `threshold`); started by torchrun, on rank 0, and nothing on others. Raises `UsageError` and
+    `DataError` for what is wrong with the input.
     """
     if not config.pic_path:
         raise UsageError("name an image or a folder of images: --pic-path")
-    device = pick_device(config.device)
-    model, classes, _ = _trained_model(config, device)
-    names = _display_names(config, classes)
-    images = Annotations.unlabelled(*find_images(config.pic_path), classes)
-    batches = _progress(_batches(config, images, device), 0, "images")
-    dtype = precision(config.amp, device, training=False)
-    [scores] = score([model], batches, _prepare(model, device), dtype)
+    with process_group(pick_device(config.device)) as device:
+        model, classes, _ = _trained_model(config, device)
+        names = _display_names(config, classes)
+        images = Annotations.unlabelled(*find_images(config.pic_path), classes)
+        batches = _progress(_batches(config, images, device), 0, "images")
+        [scores] = _score_all([model], batches, config, images, device)
+    if scores is None:
+        return []
     top_scores, top_classes = scores.topk(min(config.top_k or 10, len(classes)))
     return [
         {
@@ -351,25 +441,45 @@ def predict(config: Config) -> list[dict[str, Any]]:
 
 @torch.inference_mode()
 def score(
-    models: Iterable[nn.Module],
-    batches: Iterable[tuple[Tensor, Tensor]],
-    prepare: Prepare,
+    models: Sequence[nn.Module],
+    batches: Iterable[Batch],
+    prepare: Callable[[Batch], Tensor],
     dtype: torch.dtype | None = None,
+    kept: torch.dtype = torch.float32,
 ) -> list[Tensor]:
     """The scores that each of several models gives, in one pass over the batches.
 
-    One (N, C) float32 tensor per model, on the host, values in [0, 1]. With `dtype` the forward
-    passes run in that precision.
+    One (N, C) tensor of type `kept` per model, on the host, values in [0, 1]. With `dtype` the
+    forward passes run in that precision.
     """
     models = [model.eval() for model in models]
     parts: list[list[Tensor]] = [[] for _ in models]
-    for images, _ in batches:
-        images = prepare(images)
+    for batch in batches:
+        images = prepare(batch)
         with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
-            logits = [model(images) for model in models]
+            logits = [model(images)[: len(batch.targets)] for model in models]
         for part, each in zip(parts, logits, strict=True):
-            part.append(each.float().sigmoid().cpu())
+            part.append(each.float().sigmoid().to("cpu", kept))
     return [torch.cat(part) for part in parts]
+
+
+def _score_all(
+    models: Sequence[nn.Module],
+    batches: Iterable[Batch],
+    config: Config,
+    dataset: Annotations,
+    device: torch.device,
+) -> list[Tensor | None]:
+    """What `score` returns for the batches of `dataset`, of all ranks, on rank 0."""
+    cells = len(dataset) * dataset.num_classes
+    tables = score(
+        models,
+        batches,
+        _prepare(models[0], device),
+        precision(config.amp, device, training=False),
+        torch.float16 if cells > HALF_ABOVE else torch.float32,
+    )
+    return [gather_dealt(table, config.batch_size, len(dataset)) for table in tables]
 
 
 def pick_device(name: str = "") -> torch.device:
@@ -404,129 +514,6 @@ def precision(amp: str, device: torch.device, training: bool) -> torch.dtype | N
         native = known.get("avx512_bf16", False) or known.get("amx_bf16", False)
         return torch.bfloat16 if native else None
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-
-
-def provenance() -> dict[str, str]:
-    """What a published number should say of itself: the command, the commit, the versions."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        "commit": commit,
-        "versions": f"asl {__version__}, torch {torch.__version__}, timm {timm.__version__}",
-    }
-
-
-class _Run:
-    """The folder of a training run: its settings, its log, its checkpoints."""
-
-    def __init__(self, config: Config, classes: Sequence[str]) -> None:
-        self.config, self.classes = config, classes
-        self.folder = _run_folder(config)
-        self.last, self.best = self.folder / "last.pt", self.folder / "best.pt"
-        self.history: list[dict[str, float]] = []
-
-    def start(self, training: Training) -> tuple[int, list[Tensor]]:
-        """Begin, or go on where last.pt was written: the epoch, and the losses of its steps."""
-        epoch, losses = self._restore(training) if self.config.resume else (0, [])
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not self.config.resume:
-            for stale in (self.last, self.best):
-                stale.unlink(missing_ok=True)
-        with replacing(self.folder / "config.yaml") as file:
-            file.write(self.config.to_yaml().encode())
-        return epoch, losses
-
-    def _restore(self, training: Training) -> tuple[int, list[Tensor]]:
-        kept = checkpoint.load(self.last)
-        differing = [
-            f"{name}: {kept['config'].get(name)} then, {value} now"
-            for name, value in asdict(self.config).items()
-            if name not in _MAY_CHANGE and kept["config"].get(name) != value
-        ]
-        if differing:
-            raise UsageError(
-                f"{self.last} is of a run with other settings ({'; '.join(differing)})"
-            )
-        training.load_state_dict(kept["training"], kept)
-        self.history = kept["history"]
-        return kept["epoch"], list(kept["losses"].to(training.device))
-
-    def save(self, training: Training, epoch: int, losses: Sequence[Tensor] = ()) -> None:
-        """Write last.pt: `training` in `epoch` (from 0), after the steps that gave `losses`."""
-        state = self._checkpoint(training)
-        state |= {"training": training.state_dict(), "epoch": epoch}
-        state["losses"] = torch.stack(list(losses)).cpu() if losses else torch.empty(0)
-        checkpoint.save(self.last, state)
-
-    def end_epoch(self, training: Training, row: dict[str, float]) -> None:
-        """Log the figures of an epoch and write the checkpoints that it earned."""
-        earlier = [_best_map(old) for old in self.history]
-        self.history.append(row)
-        with replacing(self.folder / "metrics.jsonl") as file:
-            file.writelines(json.dumps(row).encode() + b"\n" for row in self.history)
-        if training.running_prior is not None:
-            write_prior(self.folder / "prior.csv", self.classes, training.running_prior.prior)
-        if self.config.tensorboard:
-            self._to_tensorboard(row)
-        if "mAP_ema" in row and _best_map(row) > max(earlier, default=-1.0):
-            checkpoint.save(self.best, self._checkpoint(training))
-        self.save(training, int(row["epoch"]))
-        print(report.epoch_line(row))
-
-    def _checkpoint(self, training: Training) -> dict[str, Any]:
-        row = next((row for row in reversed(self.history) if "mAP_ema" in row), None)
-        regular_leads = row is not None and row["mAP_regular"] > row["mAP_ema"]
-        return {
-            **training.weights(),
-            "best": "regular" if regular_leads else "ema",
-            "num_classes": len(self.classes),
-            "idx_to_class": dict(enumerate(self.classes)),
-            "config": asdict(self.config),
-            "history": self.history,
-            "provenance": provenance(),
-        }
-
-    def _to_tensorboard(self, row: dict[str, float]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        with SummaryWriter(str(self.folder)) as writer:
-            for name in row.keys() - {"epoch"}:
-                writer.add_scalar(name, row[name], int(row["epoch"]))
-
-
-# Settings in which a resumed run may differ from what it was: what is computed stays the same, but
-# for rounding where the device differs.
-_MAY_CHANGE = (
-    *("config", "data", "missing_images", "output", "overwrite", "resume"),
-    *("workers", "device", "compile", "print_freq", "tensorboard"),
-)
-
-
-def _best_map(row: dict[str, float]) -> float:
-    return max(row.get("mAP_ema", -1.0), row.get("mAP_regular", -1.0))
-
-
-def _run_folder(config: Config) -> Path:
-    """Where the run lives, or lived that is resumed; refuses to overwrite one unasked."""
-    if config.output:
-        folder = Path(config.output)
-        # A run that was stopped while it estimated its prior has no checkpoint of its own yet.
-        taken = (folder / "last.pt").exists() or (config.resume and (folder / "prior").exists())
-    else:
-        name = Path(config.config).stem or f"{config.dataset}_{config.model_name}"
-        folders = [Path("runs", name), *(Path("runs", f"{name}-{n}") for n in range(2, 1000))]
-        free = next(i for i, folder in enumerate(folders) if not folder.exists())
-        taken = config.resume and free > 0
-        folder = folders[free - taken]
-    if config.resume and not taken:
-        raise UsageError(f"there is no run to resume in {folder}")
-    if taken and not (config.resume or config.overwrite):
-        raise UsageError(f"{folder} holds a run: pass --resume, --overwrite or another --output")
-    return folder
 
 
 def _split(config: Config, role: str) -> str:
@@ -572,13 +559,32 @@ def cache_folder() -> Path:
 
 
 def _batches(
-    config: Config, annotations: Annotations, device: torch.device, **more: Any
+    config: Config,
+    annotations: Annotations,
+    device: torch.device,
+    bad_images: Literal["error", "skip"] = "error",
+    **more: Any,
 ) -> Batches:
+    cache = None
+    if config.cache_dir:
+        workers = default_workers() if config.workers is None else config.workers
+        folder, size = Path(config.cache_dir), config.image_size
+        cache = open_image_cache(
+            folder,
+            annotations,
+            size,
+            workers=workers,
+            max_pixels=config.max_pixels,
+            bad=bad_images,
+        )
     return Batches(
         annotations,
         config.image_size,
         config.batch_size,
         seed=config.seed,
+        cache=cache,
+        bad_images=bad_images,
+        max_pixels=config.max_pixels,
         workers=config.workers,
         pin_memory=device.type == "cuda",
         **more,
@@ -616,7 +622,7 @@ def _trained_model(
         image_size=config.image_size,
     )
     about = {"checkpoint": config.model_path, "weights": loaded.weights}
-    return _on(device, model), tuple(names.values()), about
+    return fold_batchnorm(_on(device, model)), tuple(names.values()), about
 
 
 def _on(device: torch.device, model: nn.Module) -> nn.Module:
@@ -624,12 +630,15 @@ def _on(device: torch.device, model: nn.Module) -> nn.Module:
     return model.to(device).to(memory_format=torch.channels_last)
 
 
-def _prepare(model: nn.Module, device: torch.device) -> Prepare:
+def _prepare(model: nn.Module, device: torch.device) -> Callable[[Batch], Tensor]:
+    """What makes the model's input of a batch: normalised float32 images on the device."""
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in normalization(model))
     scale, shift = 1 / (255 * std), -mean / std
 
-    def prepare(images: Tensor) -> Tensor:
-        images = images.to(device, non_blocking=True)
+    def prepare(batch: Batch) -> Tensor:
+        images = batch.images.to(device, non_blocking=True)
+        if batch.numbers is not None:
+            images = apply_batch(images, batch.numbers)
         pixels = images.to(torch.float32, memory_format=torch.channels_last)
         return torch.addcmul(shift, pixels, scale)
 
@@ -646,19 +655,22 @@ def _progress(batches: Batches, epoch: int, title: str, start: int = 0) -> "tqdm
         unit="img",
         unit_scale=batches.batch_size,
         leave=False,
+        disable=rank() != 0,
     )
 
 
-def _figures(scores: dict[str, Tensor], dataset: Annotations, config: Config) -> dict[str, float]:
-    """What an epoch is judged by: mAP, CF1 and OF1 of every set of weights."""
-    targets = dataset.dense()
-    protocol = _protocol(dataset)
-    figures = {}
-    for name, table in scores.items():
-        f1 = f1_scores(table, targets, config.threshold, protocol=protocol)
-        figures[f"mAP_{name}"] = mean_average_precision(table, targets, protocol=protocol)
-        figures |= {f"{which}_{name}": f1[which] for which in ("CF1", "OF1")}
-    return figures
+def _figures(
+    weights: str, scores: Tensor | None, dataset: Annotations, config: Config
+) -> dict[str, float]:
+    """What an epoch is judged by: mAP, CF1 and OF1 of a set of weights; nothing without scores."""
+    if scores is None:
+        return {}
+    targets, protocol = dataset.dense(), _protocol(dataset)
+    f1 = f1_scores(scores, targets, config.threshold, protocol=protocol)
+    return {
+        f"mAP_{weights}": mean_average_precision(scores, targets, protocol=protocol),
+        **{f"{which}_{weights}": f1[which] for which in ("CF1", "OF1")},
+    }
 
 
 def _evaluated_as(config: Config) -> str:
@@ -686,44 +698,30 @@ def _protocol(dataset: Annotations) -> Protocol:
     return "partial" if dataset.implied == UNANNOTATED else "full"
 
 
-def _finite(losses: Sequence[Tensor], epoch: int) -> list[float]:
-    """The losses of an epoch as numbers: waits for the device once, not once per step."""
-    values: list[float] = torch.stack(list(losses)).tolist()
-    for step, value in enumerate(values, start=1):
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"the loss is {value} at epoch {epoch + 1}, step {step}: lower --lr, or train with "
-                "--amp off. The checkpoints hold the state before this epoch."
-            )
-    return values
+def _traced(items: Iterable[T], folder: Path) -> Iterator[T]:
+    """The items, while a trace of the work between the fourth and the eighth is taken.
 
-
-@contextmanager
-def _signals() -> Iterator[Callable[[Iterable[T]], Iterator[T]]]:
-    """Turn SIGINT and SIGTERM into `Interrupted`, raised by the loop that the iterator is in.
-
-    So a signal is heeded between two steps; a second one ends the process at once.
+    It becomes trace.json in `folder`, to be opened in a browser at ui.perfetto.dev.
     """
-    received: list[int] = []
+    from torch.profiler import profile, schedule
 
-    def note(number: int, frame: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
+    def write(profiler: Any) -> None:
+        profiler.export_chrome_trace(str(folder / "trace.json"))
+        print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15))
 
-    def until_signal(items: Iterable[T]) -> Iterator[T]:
+    # Without the first steps, which set things up; the profiler itself warms up for one.
+    steps = schedule(wait=2, warmup=1, active=5, repeat=1)
+    with profile(schedule=steps, on_trace_ready=write) as profiler:
         for item in items:
             yield item
-            if received:
-                name = signal.Signals(received[0]).name
-                raise Interrupted(received[0], f"stopped by {name}: --resume goes on from here")
+            profiler.step()
 
-    if threading.current_thread() is not threading.main_thread():
-        yield until_signal
-        return
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield until_signal
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+
+def _choose_algorithms(deterministic: bool) -> None:
+    if deterministic:
+        # cuBLAS reads this when it starts; without it some of its sums change from run to run.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    # Every image has the same size: the fastest algorithm for it is worth a search.
+    torch.backends.cudnn.benchmark = not deterministic

@@ -1,10 +1,14 @@
 """The errors that are the user's to mend: printed as one line, without a traceback."""
 
+import json
+import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class UsageError(Exception):
@@ -35,15 +39,33 @@ class Interrupted(Exception):
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Around a script's main: prints the errors of this module and exits with their codes."""
+    """Around a script's main: prints the errors of this module and exits with their codes.
+
+    Of the processes that torchrun started only rank 0 prints. The error of another becomes the
+    reason that torchrun gives at the end.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 (until the process ends)
+        logging.disable(logging.WARNING)
     try:
         yield
         sys.stdout.flush()
     except (UsageError, DataError, TrainingError, Interrupted) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+        # Python's own exit would wait for loader workers, which leave the signal to this process.
+        os._exit(128 + signal.SIGINT)
     except BrokenPipeError:
         # The reader of our output, such as `head`, has seen enough. Python would complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _print(error: Exception) -> None:
+    for_torchrun = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if for_torchrun:
+        when = {"timestamp": str(int(time.time()))}
+        about = {"message": {"message": str(error), "extraInfo": when}}
+        Path(for_torchrun).write_text(json.dumps(about))
+    if os.environ.get("RANK", "0") == "0" or not for_torchrun:
+        print(f"error: {error}", file=sys.stderr)

@@ -9,6 +9,7 @@ import difflib
 import inspect
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,10 @@ from typing import Any, Literal
 
 import timm
 import torch
-from torch import Tensor, nn
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.norm_act import BatchNormAct2d
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.overrides import TorchFunctionMode
 
 from asl import checkpoint
@@ -116,6 +120,66 @@ def normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...
     """
     config = _timm_config(model)
     return tuple(config["mean"]), tuple(config["std"])
+
+
+def fold_batchnorm(model: nn.Module) -> nn.Module:
+    """Fold BatchNorm into the convolutions before it, in place, and return the model.
+
+    It is then for inference alone: in eval mode, without gradients, with the logits that it gave
+    before up to rounding (1e-4). A BatchNorm stays where it does not follow a convolution, or where
+    something else reads that convolution's output; all stay in a model that torch.fx cannot trace.
+    """
+    model.eval().requires_grad_(False)
+    for conv_name, norm_name in _foldable(model):
+        conv: Any = model.get_submodule(conv_name)
+        norm: Any = model.get_submodule(norm_name)
+        conv.weight, conv.bias = fuse_conv_bn_weights(
+            conv.weight,
+            conv.bias,
+            norm.running_mean,
+            norm.running_var,
+            norm.eps,
+            norm.weight,
+            norm.bias,
+        )
+        model.set_submodule(norm_name, getattr(norm, "act", nn.Identity()))
+    return model
+
+
+class _BatchNormTracer(fx.Tracer):
+    """Takes what holds no BatchNorm as one step, whatever its code does."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        norms = (isinstance(layer, nn.BatchNorm2d) for layer in m.modules())
+        return isinstance(m, nn.BatchNorm2d) or not any(norms)
+
+
+def _foldable(model: nn.Module) -> list[tuple[str, str]]:
+    """The names of each convolution and of the BatchNorm that alone reads its output."""
+    try:
+        graph = _BatchNormTracer().trace(model)
+    except Exception:  # code that branches on values or shapes: it fails in many ways
+        return []
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    # A layer that is held in two places may be called by a name that the trace does not show.
+    holders = Counter(layer for holder in model.modules() for layer in holder._modules.values())
+
+    def layer_of(node: fx.Node) -> Any:
+        if node.op != "call_module":
+            return None
+        layer = model.get_submodule(str(node.target))
+        hooked = layer._forward_pre_hooks or layer._forward_hooks  # spectral_norm works by them
+        return layer if calls[node.target] == holders[layer] == 1 and not hooked else None
+
+    found = []
+    for node in graph.nodes:
+        norm = layer_of(node)
+        # Not isinstance: a subclass may do anything with its weights, standardise them for one.
+        if type(norm) in (nn.BatchNorm2d, BatchNormAct2d) and norm.running_mean is not None:
+            [source] = node.all_input_nodes
+            if type(layer_of(source)) in (nn.Conv2d, Conv2dSame) and len(source.users) == 1:
+                found.append((str(source.target), str(node.target)))
+    return found
 
 
 @dataclass(frozen=True)

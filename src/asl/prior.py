@@ -17,13 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from asl.atomic import replacing
 from asl.data.classes import match_classes
-from asl.data.files import read_lines
+from asl.data.files import read_rows
+from asl.distributed import summed
 from asl.errors import DataError, UsageError
 
 HEADER = ["Classes", "avg_pred"]
@@ -48,10 +48,7 @@ class RunningPrior(nn.Module):
     def update(self, logits: Tensor) -> None:
         """Count in the (B, C) logits of a step, on all ranks. Does not wait for the device."""
         # A last column of ones counts the images, so that one reduction does for both.
-        totals = pad(logits.float().sigmoid(), (0, 1), value=1.0).sum(dim=0)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(totals)
-        self.totals += totals
+        self.totals += summed(pad(logits.float().sigmoid(), (0, 1), value=1.0).sum(dim=0))
 
     @property
     def prior(self) -> Tensor:
@@ -84,7 +81,7 @@ def read_prior(path: str | Path, classes: Sequence[str]) -> Tensor:
     missing, unknown or given twice, or its value is not a number in [0, 1].
     """
     path = Path(path)
-    header, *rows = [*csv.reader(read_lines(path))] or [[]]
+    header, *rows = read_rows(path) or [[]]
     if not set(header) >= set(HEADER):
         raise DataError(f"{path}: the header is {','.join(header)!r}, not {','.join(HEADER)!r}")
     name_at, value_at = map(header.index, HEADER)
