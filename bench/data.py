@@ -1,0 +1,284 @@
+"""What the data side costs one core: this project's pipeline beside the conventional one.
+
+The conventional pipeline is what a training script for PyTorch usually does, the official one too:
+Pillow opens and converts, torchvision resizes, Cutout and RandAugment work on Pillow images,
+ToTensor makes float32, the default collate stacks. Both read the same photographs in the same
+process, on one thread, in turn; figures are medians of the ratios of neighbouring runs.
+
+    taskset -c 0 python bench/data.py FOLDER_OF_PHOTOGRAPHS [--size 448]
+
+Without a folder it takes the pictures of ASL_VOC_ROOT, else drawn ones, which are small: what is
+decoded in no time makes ratios too good. `--workers` measures how images/s grow with processes.
+"""
+
+import argparse
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision import transforms
+
+from asl.data.annotations import Annotations
+from asl.data.augment import apply, draw
+from asl.data.image_cache import open_image_cache
+from asl.data.images import find_images, read_image, squish
+from asl.data.loader import Batches
+from asl.data.shapes import draw_shapes
+
+CLASSES, BATCH = 80, 32
+GREY = (128, 128, 128)
+
+
+def affine(*coefficients: float, resample: Any = Image.Resampling.NEAREST) -> Callable[..., Any]:
+    """Pillow's warp, of which every coefficient is a function of the amount."""
+
+    def warp(image: Image.Image, amount: float) -> Image.Image:
+        numbers = [c(amount, image) if callable(c) else c for c in coefficients]
+        return image.transform(
+            image.size, Image.Transform.AFFINE, numbers, resample, fillcolor=GREY
+        )
+
+    return warp
+
+
+def patch(image: Image.Image, amount: float) -> Image.Image:
+    """RandAugment's Cutout."""
+    return cut(image, round(amount), (125, 122, 113))
+
+
+def cut(image: Image.Image, side: int, colour: tuple[int, int, int]) -> Image.Image:
+    """A square of one colour around a random point, in a copy."""
+    image = image.copy()
+    x, y = random.randrange(image.width) - side // 2, random.randrange(image.height) - side // 2
+    ImageDraw.Draw(image).rectangle((x, y, x + side - 1, y + side - 1), colour)
+    return image
+
+
+BICUBIC = Image.Resampling.BICUBIC
+# RandAugment of the recipe: what it does, and the amount at level 9 (signed ones are mirrored).
+RANDAUGMENT: list[tuple[Callable[[Image.Image, float], Image.Image], Callable[[float], float]]] = [
+    (affine(1, lambda a, _: a, 0, 0, 1, 0, resample=BICUBIC), lambda m: signed(0.3 * m)),
+    (affine(1, 0, 0, lambda a, _: a, 1, 0, resample=BICUBIC), lambda m: signed(0.3 * m)),
+    (affine(1, 0, lambda a, i: a * i.width, 0, 1, 0), lambda m: signed(150 / 331 * m)),
+    (affine(1, 0, 0, 0, 1, lambda a, i: a * i.height), lambda m: signed(150 / 331 * m)),
+    (lambda image, a: image.rotate(a, fillcolor=GREY), lambda m: 30 * m),
+    (lambda image, a: ImageEnhance.Color(image).enhance(a), lambda m: 1 + signed(0.9 * m)),
+    (lambda image, a: ImageEnhance.Contrast(image).enhance(a), lambda m: 1 + signed(0.9 * m)),
+    (lambda image, a: ImageEnhance.Sharpness(image).enhance(a), lambda m: 1 + signed(0.9 * m)),
+    (lambda image, a: ImageEnhance.Brightness(image).enhance(a), lambda m: 1 + signed(0.9 * m)),
+    (lambda image, a: ImageOps.posterize(image, round(a)), lambda m: 8 - 4 * m),
+    (lambda image, a: ImageOps.solarize(image, round(a)), lambda m: 256 - 256 * m),
+    (patch, lambda m: 20 * m),
+    (lambda image, _: ImageOps.autocontrast(image), lambda m: m),
+    (lambda image, _: ImageOps.equalize(image), lambda m: m),
+    (lambda image, _: ImageOps.invert(image), lambda m: m),
+]
+
+
+def signed(amount: float) -> float:
+    """With a random sign."""
+    return random.choice((-amount, amount))
+
+
+def augment(image: Image.Image) -> Image.Image:
+    """Cutout of half the side in a random colour, then the recipe's RandAugment."""
+    red, green, blue = (random.randrange(256) for _ in range(3))
+    image = cut(image, round(0.5 * image.width), (red, green, blue))
+    for operation, amount in random.choices(RANDAUGMENT, k=2):
+        level = random.randint(1, 9) / 9
+        if random.random() < 0.5:
+            image = operation(image, amount(level))
+    return image
+
+
+class Conventional(Dataset[Any]):
+    """Images and targets as a map-style data set makes them."""
+
+    def __init__(self, annotations: Annotations, size: int, training: bool) -> None:
+        self.files = [str(annotations.path(i)) for i in range(len(annotations))]
+        self.targets = torch.zeros(len(self.files), CLASSES)
+        steps = [transforms.Resize((size, size)), *[transforms.Lambda(augment)] * training]
+        self.transform = transforms.Compose([*steps, transforms.ToTensor()])
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.transform(Image.open(self.files[index]).convert("RGB")), self.targets[index]
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """How long `run` takes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def in_turn(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """The seconds of each of the runs, which take turns; a first round warms up."""
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        for name, run in runs.items():
+            spent = seconds(run)
+            if turn:
+                taken[name].append(spent)
+    return taken
+
+
+def gain(taken: dict[str, list[float]], name: str, base: str) -> float:
+    """How many times faster `name` was, as the median over the rounds."""
+    return statistics.median(b / a for a, b in zip(taken[name], taken[base], strict=True))
+
+
+def exhaust(batches: Batches, epochs: Iterator[int]) -> None:
+    """The next of the `epochs` of `batches`."""
+    for _ in batches.epoch(next(epochs)):
+        pass
+
+
+def pipelines(annotations: Annotations, size: int, cache_dir: Path) -> dict[str, Any]:
+    """What is compared: everything from files to batches, in this process."""
+    cache = open_image_cache(cache_dir, annotations, size, workers=1)
+    epochs = count()
+
+    def ours(**more: Any) -> Callable[[], None]:
+        batches = Batches(annotations, size, BATCH, workers=0, **more)
+        return lambda: exhaust(batches, epochs)
+
+    def conventional(training: bool) -> Callable[[], None]:
+        loader = DataLoader(Conventional(annotations, size, training), BATCH)
+        return lambda: [None for _ in loader] and None
+
+    recipe = {"augment": "recipe", "shuffle": True}
+    return {
+        "conventional, training": conventional(training=True),
+        "training, from files": ours(**recipe),
+        "training, from the cache": ours(**recipe, cache=cache),
+        "training, from the cache, augmented on the device": ours(
+            **recipe, cache=cache, augment_later=True
+        ),
+        "conventional, validation": conventional(training=False),
+        "validation, from files": ours(),
+        "validation, from the cache": ours(cache=cache),
+    }
+
+
+def stages(annotations: Annotations, size: int, rounds: int) -> list[tuple[str, float, float]]:
+    """Milliseconds per image of each stage, conventional and here."""
+    paths = [annotations.path(i) for i in range(len(annotations))]
+    opened = [Image.open(path).convert("RGB") for path in paths]
+    resized = [image.resize((size, size), Image.Resampling.BILINEAR) for image in opened]
+    decoded = [read_image(path) for path in paths]
+    squished = [squish(image, size) for image in decoded]
+    slot = torch.empty(3, size, size, dtype=torch.uint8)
+    numbers = draw("recipe", 0, 0, range(len(paths)))
+    resize = transforms.Resize((size, size))
+
+    def each(action: Callable[..., object], *lists: Sequence[Any]) -> Callable[[], None]:
+        return lambda: [action(*items) for items in zip(*lists, strict=True)] and None
+
+    pairs = {
+        "read and decode": (
+            each(lambda path: Image.open(path).convert("RGB"), paths),
+            each(read_image, paths),
+        ),
+        "resize": (each(resize, opened), each(lambda image: squish(image, size), decoded)),
+        "Cutout and RandAugment": (each(augment, resized), each(apply, squished, numbers)),
+        "to tensor, into the batch": (
+            lambda: default_collate([transforms.functional.to_tensor(i) for i in resized]),
+            each(slot.copy_, squished),
+        ),
+    }
+    rows = []
+    for name, (theirs, own) in pairs.items():
+        taken = in_turn({"theirs": theirs, "own": own}, rounds)
+        per_image = [1000 * statistics.median(t) / len(paths) for t in taken.values()]
+        rows.append((name, *per_image))
+    return rows
+
+
+def scaling(annotations: Annotations, size: int, cache_dir: Path, workers: Sequence[int]) -> None:
+    """Print images/s of training batches by number of worker processes."""
+    cache = open_image_cache(cache_dir, annotations, size, workers=1)
+    print("\n| workers | from files | from the cache |\n| ---: | ---: | ---: |")
+    for processes in workers:
+        cells = []
+        for source in (None, cache):
+            batches = Batches(
+                annotations,
+                size,
+                BATCH,
+                augment="recipe",
+                shuffle=True,
+                cache=source,
+                workers=processes,
+            )
+            epochs = count()
+            exhaust(batches, epochs)
+            spent = statistics.median(seconds(partial(exhaust, batches, epochs)) for _ in range(5))
+            cells.append(f"{len(annotations) / spent:.0f}")
+        print(f"| {processes} | {' | '.join(cells)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", nargs="?", help="photographs")
+    parser.add_argument("--size", type=int, default=448)
+    parser.add_argument("--images", type=int, default=192)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--workers", type=int, nargs="*", help="measure these numbers of workers")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    random.seed(0)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = chosen.folder or os.environ.get("ASL_VOC_ROOT")
+        if not folder:
+            folder = scratch
+            draw_shapes(Path(scratch), train=chosen.images, val=1, processes=1)
+        root, names = find_images(folder)
+        annotations = Annotations.unlabelled(
+            root, names[: chosen.images], [f"class {i}" for i in range(CLASSES)]
+        )
+        print(f"{len(annotations)} images of {folder}, {chosen.size} px, torch {torch.__version__}")
+        if chosen.workers:
+            scaling(annotations, chosen.size, Path(scratch), chosen.workers)
+            return
+        runs = pipelines(annotations, chosen.size, Path(scratch))
+        taken = in_turn(runs, chosen.rounds)
+        print(
+            "\n| one core | images/s | ms per image | times conventional |"
+            "\n| --- | ---: | ---: | ---: |"
+        )
+        for name, times in taken.items():
+            base = "conventional, " + ("validation" if "validation" in name else "training")
+            ms = 1000 * statistics.median(times) / len(annotations)
+            print(f"| {name} | {1000 / ms:.0f} | {ms:.2f} | {gain(taken, name, base):.1f} |")
+        print(
+            "\n| stage, ms per image | conventional | here | ratio |\n| --- | ---: | ---: | ---: |"
+        )
+        for name, theirs, own in stages(annotations, chosen.size, chosen.rounds):
+            print(f"| {name} | {theirs:.2f} | {own:.2f} | {theirs / own:.1f} |")
+        pixels = 3 * chosen.size**2
+        here = pixels + CLASSES + 4 * np.prod(draw("recipe", 0, 0, [0]).shape)
+        print(
+            f"\nbytes per image to the device: {here:,.0f} here, {4 * pixels + 4 * CLASSES:,} as "
+            f"float32: 1/{(4 * pixels + 4 * CLASSES) / here:.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
