@@ -3,12 +3,14 @@
 The conventional pipeline is what a training script for PyTorch usually does, the official one too:
 Pillow opens and converts, torchvision resizes, Cutout and RandAugment work on Pillow images,
 ToTensor makes float32, the default collate stacks. Both read the same photographs in the same
-process, on one thread, in turn; figures are medians of the ratios of neighbouring runs.
+process, on one thread, in turn. Figures are medians of the ratios of neighbouring runs, in CPU
+time, so that other work on the machine is not in them.
 
-    taskset -c 0 python bench/data.py FOLDER_OF_PHOTOGRAPHS [--size 448]
+    python bench/data.py FOLDER_OF_PHOTOGRAPHS [--size 448]
 
-Without a folder it takes the pictures of ASL_VOC_ROOT, else drawn ones, which are small: what is
-decoded in no time makes ratios too good. `--workers` measures how images/s grow with processes.
+Without a folder it takes the pictures of ASL_VOC_ROOT, else drawn ones, which are small: decoded in
+no time, they make ratios too good. `--workers 1 2` measures instead how images/s, of wall clock
+then, grow with processes.
 """
 
 import argparse
@@ -121,19 +123,19 @@ class Conventional(Dataset[Any]):
         return self.transform(Image.open(self.files[index]).convert("RGB")), self.targets[index]
 
 
-def seconds(run: Callable[[], object]) -> float:
+def seconds(run: Callable[[], object], clock: Callable[[], float]) -> float:
     """How long `run` takes."""
-    start = time.perf_counter()
+    start = clock()
     run()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def in_turn(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """The seconds of each of the runs, which take turns; a first round warms up."""
+    """The CPU seconds of each of the runs, which take turns; a first round warms up."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
         for name, run in runs.items():
-            spent = seconds(run)
+            spent = seconds(run, time.process_time)
             if turn:
                 taken[name].append(spent)
     return taken
@@ -229,7 +231,8 @@ def scaling(annotations: Annotations, size: int, cache_dir: Path, workers: Seque
             )
             epochs = count()
             exhaust(batches, epochs)
-            spent = statistics.median(seconds(partial(exhaust, batches, epochs)) for _ in range(5))
+            run = partial(exhaust, batches, epochs)
+            spent = statistics.median(seconds(run, time.perf_counter) for _ in range(5))
             cells.append(f"{len(annotations) / spent:.0f}")
         print(f"| {processes} | {' | '.join(cells)} |")
 

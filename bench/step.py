@@ -144,11 +144,18 @@ def training_table(name: str, images: Tensor, targets: Tensor, rounds: int) -> s
         ready = images.to(memory_format=layout)
         return lambda: step(ready, targets)
 
+    def deterministic(step: Callable[[], object]) -> None:
+        torch.use_deterministic_algorithms(True)
+        step()
+        torch.use_deterministic_algorithms(False)
+
     usual = Loops(create_model(name, CLASSES).train())
+    own = contender(torch.channels_last, "off")
     times = seconds(
         {
             "float32, contiguous, loops": lambda: usual.step(images, targets),
-            "float32, channels last": contender(torch.channels_last, "off"),
+            "float32, channels last": own,
+            "float32, channels last, deterministic": lambda: deterministic(own),
             "bfloat16, contiguous": contender(torch.contiguous_format, "bf16"),
             "bfloat16, channels last": contender(torch.channels_last, "bf16"),
         },
@@ -190,7 +197,6 @@ def profile_table(name: str, images: Tensor, targets: Tensor, steps: int) -> str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="tresnet_m")
-    parser.add_argument("--update-model", default="tresnet_m", help="of the first table")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=5)
@@ -203,7 +209,7 @@ def main() -> None:
     if args.profile:
         print(profile_table(args.model, images, targets, steps=3))
         return
-    print(update_table(args.update_model, 64, 4 * args.rounds) + "\n")
+    print(update_table(args.model, 64, 4 * args.rounds) + "\n")
     print(training_table(args.model, images, targets, args.rounds))
 
 
