@@ -123,6 +123,19 @@ def test_the_command_line_of_official_training_is_harmless(tmp_path):
     assert loaded["num_classes"] == 2
 
 
+def test_numpy_numbers_are_read_without_trusting_the_sizes_that_they_give(tmp_path):
+    numbers = [np.float32(0.5), np.int64(-7), np.bool_(True), np.str_("ä"), np.float16(2)]
+    good = bytes_of({"model": WEIGHTS, "numbers": numbers}, tmp_path, old_format=True)
+    path = tmp_path / "numbers.pth"
+    path.write_bytes(good)
+    assert checkpoint.load(path)["numbers"] == [0.5, -7, True, "ä", 2]
+    size = good.index(b"U1") + 1
+    for digit in b"0239":
+        path.write_bytes(good[:size] + bytes([digit]) + good[size + 1 :])
+        with pytest.raises(DataError, match="damaged"):
+            checkpoint.load(path)
+
+
 @pytest.mark.parametrize("old_format", [False, True], ids=["zip", "legacy"])
 def test_a_file_that_would_run_code_is_refused_and_not_run(old_format, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -177,6 +190,26 @@ NO_CHECKPOINTS = {
     "odd set": (lambda folder: bytes_of({"model": WEIGHTS, "ema": 3}, folder), "holds a int where"),
     "tensor": (lambda folder: bytes_of(torch.zeros(3), folder), "holds a Tensor"),
     "list": (lambda folder: bytes_of([WEIGHTS], folder), "holds a list"),
+    "sparse": (
+        lambda folder: bytes_of({**WEIGHTS, "eye": torch.eye(2).to_sparse()}, folder),
+        "eye is sparse, nested or without values",
+    ),
+    "no values": (
+        lambda folder: bytes_of({**WEIGHTS, "eye": torch.eye(2, device="meta")}, folder),
+        "eye is sparse, nested or without values",
+    ),
+    "names of no kind": (
+        lambda folder: bytes_of({"model": WEIGHTS, "idx_to_class": "cat"}, folder),
+        "not usable: str in place of names",
+    ),
+    "names that are no text": (
+        lambda folder: bytes_of({"model": WEIGHTS, "idx_to_class": ["cat", ["dog"]]}, folder),
+        "not usable: name 1 is a list",
+    ),
+    "a number beyond all": (
+        lambda folder: bytes_of({"model": WEIGHTS, "num_classes": float("inf")}, folder),
+        "num_classes or idx_to_class is not usable",
+    ),
     "odd names": (
         lambda folder: bytes_of({"model": WEIGHTS, "idx_to_class": {"a": 0}}, folder),
         "idx_to_class is not usable",

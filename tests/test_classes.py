@@ -45,3 +45,15 @@ def test_machine_ids_have_display_names(tmp_path, header):
     path.write_text(f"{header}/m/01,Cat\n/m/02\n")
     with pytest.raises(DataError, match=f"row {2 + bool(header)}: '/m/02' is not a class and"):
         read_descriptions(path)
+    path.write_text(f'{header}/m/01,Cat\n"/m/02"2,Dog\n')
+    with pytest.raises(DataError, match=f"line {2 + bool(header)}: ',' expected after"):
+        read_descriptions(path)
+    path.write_text(f'{header}/m/01,Cat\n"/m/02"2,Dog\n')
+    with pytest.raises(DataError, match=f"line {2 + bool(header)}: ',' expected after"):
+        read_descriptions(path)
+
+
+def test_a_file_that_the_system_does_not_let_us_read_is_named(tmp_path):
+    (tmp_path / "classes.csv").symlink_to("/proc/self/mem")
+    with pytest.raises(DataError, match=r"classes.csv cannot be read: Input/output error"):
+        read_descriptions(tmp_path / "classes.csv")

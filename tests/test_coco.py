@@ -164,6 +164,7 @@ def test_a_wrong_json_is_an_error_that_names_the_field(root, parts, message):
         (lambda text: b"", "is empty"),
         (lambda text: text.replace(b"dog", b"d\xffg"), "utf-8"),
         (lambda text: b"<html>", "malformed"),
+        (lambda text: b'{"info": ' + b"[" * 100_000, "maximum recursion depth"),
     ],
 )
 def test_a_damaged_file_is_named(root, damage, message):

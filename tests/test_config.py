@@ -125,3 +125,10 @@ def test_evaluation_takes_over_how_the_checkpoint_was_trained():
     config = parse("validate", "", argv, read_checkpoint)
     assert (config.model_name, config.image_size) == ("resnet18", 128)
     assert (config.lr, config.workers) == (Config().lr, None)
+
+
+def test_the_settings_of_a_run_are_a_recipe(tmp_path):
+    recipe = tmp_path / "config.yaml"
+    recipe.write_text(Config(data="d", lr=0.5, config="other.yaml", resume="last").to_yaml())
+    parsed = parse("train", "", ["--config", str(recipe)])
+    assert (parsed.data, parsed.lr, parsed.config) == ("d", 0.5, str(recipe))

@@ -65,6 +65,7 @@ def test_backslashes_of_the_original_lists_are_folders(original):
         ("label,", "labels,", "no column label, only: filepath, labels, split_name"),
         ("[],", "sky,", "row 3, column label: 'sky' is not a list of names"),
         ("[],", "[1],", "row 3, column label: '\\[1\\]' is not"),
+        ("[],", '"{[]: 1}",', "row 3, column label: .* is not"),
         ("[],", "\"['sky'\",", "row 3, column label: .* is not"),
         ("[],", ",", "row 3, column label: a cell is empty"),
         ("images/2", "../2", "row 3: '../2.jpg' is not a path inside"),

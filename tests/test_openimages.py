@@ -78,11 +78,13 @@ def test_files_lie_in_the_root_or_in_annotations_with_or_without_prefix(tmp_path
         (f"{A},verification,/m/dog,-1", "row 9: not a label: .*,/m/dog,-1"),
         (f"{A},verification,/m/dog,yes", "row 9: not a label: .*,/m/dog,yes"),
         (f"{A},verification,/m/dog,", "row 9: not a label: .*,/m/dog,None"),
-        (f"{A},verif", "row 9: not a label: 0.*,verif,None,None"),
-        ("../../etc/passwd,verification,/m/dog,1", "row 9: not a label: ../../etc"),
-        ("000026E7EE790996,verification,/m/dog,1", "row 9: not a label: 000026E7"),
+        (f"{A},verif", "row 9: not a label: '0.*,verif,None,None"),
+        ("../../etc/passwd,verification,/m/dog,1", "row 9: not a label: '../../etc"),
+        ("000026E7EE790996,verification,/m/dog,1", "row 9: not a label: '000026E7"),
         (f"{A},verification,/m/d\udce9g,1", "row 9: not a label: .*,/m/d.g,1"),
         (f'{A},"verification,/m/dog,1', "cannot be read: CSV malformed"),
+        (f"{A},verification,/m/dog,2\n{A},a,/m/dog,1,1", "cannot be read: found more fields"),
+        (f'{A},"a\nb",/m/dog,2', r"not a label: .*,a\\nb,/m/dog,2"),
     ],
 )
 def test_a_wrong_row_is_named(tmp_path, line, message):

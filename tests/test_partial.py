@@ -102,6 +102,7 @@ def test_the_draw_is_the_same_everywhere():
         ("fpc", "whole number from 1 on"),
         ("fpc:0", "whole number from 1 on"),
         ("fpc:-5", "whole number from 1 on"),
+        (f"fpc:{'9' * 5000}", "whole number from 1 on"),
         ("fpc:0.5", "'fpc:0.5': fpc takes a whole number from 1 on, as in fpc:1000"),
         ("rps:", "from 0 to below 1"),
         ("rps:1", "from 0 to below 1"),

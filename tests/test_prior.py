@@ -58,6 +58,8 @@ def test_a_class_may_be_called_by_a_number(tmp_path):
         (["cat,0.5", "dog,1.5"], "row 3, dog: '1.5' is not a number"),
         (["cat,0.5", "dog,-0.1"], "row 3, dog: '-0.1' is not a number"),
         (["cat,0.5", "dog"], "row 3 has 1 cells, not 2"),
+        (["cat,0.5", f"{'dog' * 50_000},1"], "line 3: field larger than field limit"),
+        (["cat,0.5", '"dog,1'], "line 3: unexpected end of data"),
         ([], "2 of 2 classes have no match"),
     ],
 )

@@ -164,6 +164,12 @@ def test_another_data_set_is_not_overwritten(tmp_path, content):
     assert list(tmp_path.iterdir()) == [file.parent]
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"cannot be drawn into .*file/shapes: Not a directory"):
+        read("shapes", tmp_path / "file" / "shapes", "train2014")
+
+
 def test_the_reader_draws_what_is_not_there(tmp_path, monkeypatch):
     few = functools.partial(draw_shapes, train=6, val=4, processes=1)
     monkeypatch.setattr("asl.data.shapes.draw_shapes", few)

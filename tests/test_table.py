@@ -84,6 +84,39 @@ def test_parquet_columns_may_be_of_any_number_type(tmp_path):
     assert rows(table(tmp_path, "train")) == {"x": [1, 1, -1], "y": [0, -1, 1]}
 
 
+def test_parquet_categories_and_numbers_count_as_text(tmp_path):
+    frame = pl.DataFrame({"path": [3, 4], "labels": [7, 8], "split": ["1", "1"]})
+    frame = frame.with_columns(pl.col("split").cast(pl.Categorical))
+    frame.write_parquet(tmp_path / "t.parquet")
+    data = table(tmp_path, "1")
+    assert data.classes == ("7", "8")
+    assert rows(data) == {"3": [1, 0], "4": [0, 1]}
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        {"path": [["x"]]},
+        {"path": [b"\xff"]},
+        {"cat": [[1]]},
+        {"cat": [{"a": 1}]},
+        {"labels": [[[1]]]},
+    ],
+    ids=str,
+)
+def test_parquet_columns_of_another_type_are_named(tmp_path, column):
+    pl.DataFrame({"path": ["x"], **column}).write_parquet(tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=rf"t.parquet: column {next(iter(column))} is of type \w+"):
+        table(tmp_path, "train")
+
+
+def test_tables_of_both_forms_do_not_mix(tmp_path):
+    write(tmp_path / "train.csv", "path,labels\na.jpg,cat|dog\n")
+    write(tmp_path / "val.csv", "path,cat\na.jpg,1\n")
+    with pytest.raises(DataError, match=r"val.csv has no column labels, but .*train.csv has one"):
+        table(tmp_path, "val")
+
+
 def test_the_drawn_split_is_kept_when_images_are_added(tmp_path):
     names = [f"{i}.jpg" for i in range(2000)]
     path = write(tmp_path / "t.csv", "path,labels\n" + "".join(f"{n},cat\n" for n in names))

@@ -23,14 +23,32 @@ from torch import Tensor
 from asl.atomic import replacing
 from asl.errors import DataError
 
+
+class _NumberType:
+    """Read in place of `numpy.dtype`, which takes sizes from a file unchecked: wrong ones crash."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        self.name = code
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.name = f"{state[1]}{self.name}"  # the order of its bytes, "<" for most
+
+
+def _number(kind: _NumberType, data: bytes) -> Any:
+    """A NumPy scalar as the plain Python value."""
+    if not re.fullmatch(r"[<>|]?([biuf][1248]|U[0-9]{1,4})", kind.name):
+        raise ValueError(f"a NumPy scalar of type {kind.name!r}")
+    return np.frombuffer(data, kind.name, count=1)[0].item()
+
+
 # What training scripts put beside tensors and plain values: their command line and NumPy numbers.
 # Reading these sets fields and calls nothing else.
 _HARMLESS: list[Any] = [
     argparse.Namespace,
-    np.dtype,
-    *(type(np.dtype(kind)) for kind in ("?", "i4", "i8", "f4", "f8", "U")),
-    (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
-    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),  # as NumPy 1 wrote it
+    _NumberType,
+    (_NumberType, "numpy.dtype"),
+    (_number, "numpy._core.multiarray.scalar"),
+    (_number, "numpy.core.multiarray.scalar"),  # as NumPy 1 wrote it
 ]
 # DistributedDataParallel and torch.compile put these before the names of a model's tensors.
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
@@ -89,7 +107,7 @@ def load(path: str | Path) -> dict[str, Any]:
         names = _class_names(checkpoint.get("idx_to_class"))
         count = checkpoint.get("num_classes") or (len(names) if names else None)
         return {**checkpoint, "num_classes": count and int(count), "idx_to_class": names}
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise DataError(f"{path}: num_classes or idx_to_class is not usable: {error}") from error
 
 
@@ -140,14 +158,23 @@ def _tensors(weights: Any, path: Path) -> dict[str, Tensor]:
     }
     if not tensors:
         raise DataError(f"{path}: not a checkpoint: there are no weights in it")
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
+            raise DataError(f"{path}: {name} is sparse, nested or without values: no plain tensor")
     return tensors
 
 
 def _class_names(names: Any) -> dict[int, str] | None:
     if names is None:
         return None
+    if not isinstance(names, Mapping | list | tuple):
+        raise TypeError(f"{type(names).__name__} in place of names by number")
     numbered = names.items() if isinstance(names, Mapping) else enumerate(names)
-    return dict(sorted((int(number), str(name)) for number, name in numbered))
+    found = dict(sorted((int(number), name) for number, name in numbered))
+    for number, name in found.items():
+        if not isinstance(name, str):
+            raise TypeError(f"name {number} is a {type(name).__name__}")
+    return {number: str(name) for number, name in found.items()}
 
 
 def _reason(error: BaseException) -> str:

@@ -5,6 +5,7 @@ training script's COCO recipe), the checkpoint that is evaluated, the recipe (`-
 command line. Everything is checked on the way: names, types, choices and ranges.
 """
 
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-from asl.errors import UsageError
+from asl.errors import DataError, UsageError
 
 
 def _option(
@@ -304,7 +305,10 @@ class Config:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            _check_range(each.name, getattr(self, each.name), each.metadata)
+            value = getattr(self, each.name)
+            if isinstance(value, str) and "\0" in value:
+                raise UsageError(f"{each.name} holds a null byte: {value!r}")
+            _check_range(each.name, value, each.metadata)
         gamma_neg, gamma_pos, clip = self.asymmetry
         if self.loss == "focal" and (clip or gamma_neg != gamma_pos):
             raise UsageError("loss focal takes equal gamma_neg and gamma_pos and no clip")
@@ -316,7 +320,9 @@ class Config:
             raise UsageError(f"clip is {self.clip}: a margin below 1e-6 is lost in rounding, use 0")
         if self.pretrained and self.model_path:
             raise UsageError("model_path and pretrained both name weights to start from: drop one")
-        if self.checkpoint_every and not re.fullmatch(r"[1-9]\d*(min)?", self.checkpoint_every):
+        if self.checkpoint_every and not re.fullmatch(
+            r"[1-9][0-9]{0,8}(min)?", self.checkpoint_every
+        ):
             raise UsageError(
                 f"checkpoint_every is {self.checkpoint_every!r}: steps (500) or minutes (10min)"
             )
@@ -375,37 +381,53 @@ def parse(
     first = _from_command_line(script, description, argv, Config())
     base = Config()
     if read_checkpoint is not None and first.model_path:
-        trained = read_checkpoint(first.model_path).get("config", {})
-        base = replace(base, **{key: trained[key] for key in _FROM_CHECKPOINT if key in trained})
+        base = _as_trained(read_checkpoint(first.model_path).get("config") or {}, first.model_path)
     if first.config:
-        base = replace(base, config=first.config, **read_recipe(first.config))
+        base = replace(base, **{**read_recipe(first.config), "config": first.config})
     return _from_command_line(script, description, argv, base)
+
+
+def _as_trained(settings: Any, path: str) -> Config:
+    try:
+        known = {name: settings[name] for name in _FROM_CHECKPOINT if name in settings}
+        return replace(Config(), **_of_right_types(known, path))
+    except (UsageError, TypeError) as error:
+        raise DataError(f"{path}: its config cannot be used: {error}") from None
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """The settings that a YAML recipe gives, after a check of names, types and repetitions."""
     from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
     try:
         recipe = OmegaConf.load(path)
-        if not isinstance(recipe, DictConfig):
-            raise UsageError(f"{path}: a recipe is a list of `setting: value` lines")
-        names = [str(key).replace("-", "_") for key in recipe]
-        for name in names:
-            if names.count(name) > 1:
-                raise UsageError(f"{path}: {name} stands there twice")
-        renamed = OmegaConf.create(dict(zip(names, recipe.values(), strict=True)))
-        checked = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(Config), renamed))
     except OSError as error:
         raise UsageError(f"cannot read the recipe {path}: {error.strerror}") from None
-    except (YAMLError, UnicodeDecodeError) as error:
+    except Exception as error:  # tags such as !!int raise whatever Python raises for their values
         raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(recipe, DictConfig):
+        raise UsageError(f"{path}: a recipe is a list of `setting: value` lines")
+    names = [str(key).replace("-", "_") for key in recipe]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"{path}: {name} stands there twice")
+    plain = OmegaConf.to_container(recipe)
+    assert isinstance(plain, dict)
+    return _of_right_types(dict(zip(names, plain.values(), strict=True)), path)
+
+
+def _of_right_types(settings: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(dict(settings)))
+        checked = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
-        raise UsageError(f"{path}: {str(error).splitlines()[0]}") from None
+        where = f"{error.full_key}: " if error.full_key else ""
+        raise UsageError(f"{path}: {where}{str(error).splitlines()[0]}") from None
     assert isinstance(checked, dict)
-    return {name: checked[name] for name in names}
+    return {name: checked[name] for name in settings}
 
 
 def _from_command_line(script: str, description: str, argv: Sequence[str], base: Config) -> Config:
@@ -475,6 +497,8 @@ def _check_range(name: str, value: Any, limits: Mapping[str, Any]) -> None:
     above, at_least, at_most = limits["above"], limits["at_least"], limits["at_most"]
     if value is None or (above is None and at_least is None):
         return
+    if value in (math.inf, -math.inf):
+        raise UsageError(f"{name} is {value}, but must be finite")
     # Written so that NaN, which compares false with everything, is refused too.
     if above is not None and not value > above:
         raise UsageError(f"{name} is {value}, but must be above {above:g}")

@@ -259,6 +259,7 @@ def _fit(config: Config, device: torch.device) -> Path:
     torch.manual_seed(config.seed)
     fresh = config if run.kept is None else replace(config, model_path="", pretrained=False)
     model = _on(device, _new_model(fresh, train_set.num_classes))
+    _check_size(model, config)
     if config.sync_bn:
         model = convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     prepare = _prepare(model, device)
@@ -280,7 +281,11 @@ def _fit(config: Config, device: torch.device) -> Path:
     first_epoch, losses = 0, list[Tensor]()
     if run.kept is not None:
         first_epoch, losses = run.kept["epoch"], list(run.kept["losses"].to(device))
-        training.load_state_dict(run.kept["training"], run.kept)
+        try:
+            training.load_state_dict(run.kept["training"], run.kept)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"{run.last}: this run cannot go on from it: {reason}") from error
     last_epoch = min(config.stop_epoch, config.epochs)
 
     with run.owned(train_set.classes), Interrupts() as interrupts:
@@ -492,7 +497,7 @@ def pick_device(name: str = "") -> torch.device:
         name = "mps" if torch.backends.mps.is_available() else name
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # "meta" has no values
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {name!r}: {str(error).splitlines()[0]}") from None
     return device
@@ -622,7 +627,21 @@ def _trained_model(
         image_size=config.image_size,
     )
     about = {"checkpoint": config.model_path, "weights": loaded.weights}
-    return fold_batchnorm(_on(device, model)), tuple(names.values()), about
+    model = fold_batchnorm(_on(device, model))
+    _check_size(model, config)
+    return model, tuple(names.values()), about
+
+
+def _check_size(model: nn.Module, config: Config) -> None:
+    # One black image: what a size is too small for, or no multiple of, the models themselves know.
+    size, device = config.image_size, next(model.parameters()).device
+    try:
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, 3, size, size, device=device))
+    except (RuntimeError, AssertionError, ArithmeticError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        message = f"{config.model_name} cannot take images of {size} x {size} pixels: {reason}"
+        raise UsageError(message) from error
 
 
 def _on(device: torch.device, model: nn.Module) -> nn.Module:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,7 @@ def reported() -> Iterator[None]:
         sys.stdout.flush()
     except (UsageError, DataError, TrainingError, Interrupted) as error:
         _print(error)
+        _let_go(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         # Python's own exit would wait for loader workers, which leave the signal to this process.
@@ -59,6 +61,16 @@ def reported() -> Iterator[None]:
     except BrokenPipeError:
         # The reader of our output, such as `head`, has seen enough. Python would complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        traceback.print_exc()
+        _let_go(error)
+        sys.exit(1)
+
+
+def _let_go(error: Exception) -> None:
+    # The frames of an error keep what they hold, such as a loader, whose workers ignore the signal
+    # with which Python would end them at exit: it would wait for them for ever.
+    traceback.clear_frames(error.__traceback__)
 
 
 def _print(error: Exception) -> None:

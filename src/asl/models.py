@@ -302,6 +302,8 @@ def _fill(
         fresh, left_out = tuple(own_head), left_out | dict.fromkeys(head, why)
     used = {name: state[name] for name in own if name in state and name not in left_out}
     for name, tensor in used.items():
+        if own[name].is_floating_point() and not tensor.is_floating_point():
+            raise DataError(f"{path}: {name} is {tensor.dtype}, the model's is {own[name].dtype}")
         # aminmax passes NaN on, and costs a tenth of isfinite: 20 ms for TResNet-L
         if tensor.is_floating_point() and not all(math.isfinite(x) for x in tensor.aminmax()):
             raise DataError(f"{path}: {name} holds values that are not finite (NaN or infinity)")

@@ -155,10 +155,18 @@ def files_exist(annotations: Annotations) -> npt.NDArray[np.bool_]:
     for index, name in enumerate(annotations.files):
         folder, _, leaf = bytes(name).rpartition(b"/")
         if folder not in listings:
-            path = root + b"/" + folder
-            listings[folder] = set(os.listdir(path)) if os.path.isdir(path) else set()  # noqa: PTH112, PTH208
+            listings[folder] = _listing(root + b"/" + folder)
         there[index] = leaf in listings[folder]
     return there
+
+
+def _listing(folder: bytes) -> set[bytes]:
+    try:
+        return set(os.listdir(folder))  # noqa: PTH208 (bytes)
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+    except OSError as error:
+        raise DataError(f"{os.fsdecode(folder)} cannot be listed: {error.strerror}") from error
 
 
 def without_missing(annotations: Annotations, missing: str) -> tuple[Annotations, int]:

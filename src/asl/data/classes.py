@@ -1,6 +1,5 @@
 """Class names: matched between model and data set by name, never by position; and spelled out."""
 
-import csv
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from asl.data.files import read_lines
+from asl.data.files import read_rows
 from asl.errors import DataError
 
 # What one class is called by VOC, COCO and Open Images. Case, spaces, "-" and "_" never count, so
@@ -55,7 +54,7 @@ def read_descriptions(path: Path) -> dict[str, str]:
     Raises `DataError` for a file that is not there or a row that has not two cells.
     """
     names = {}
-    for row, cells in enumerate(csv.reader(read_lines(path)), start=1):
+    for row, cells in enumerate(read_rows(path), start=1):
         if len(cells) != 2:
             raise DataError(f"{path}: row {row}: {','.join(cells)!r} is not a class and its name")
         names[cells[0]] = cells[1]

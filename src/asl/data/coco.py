@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from asl.data.annotations import ABSENT, PRESENT, UNANNOTATED, Annotations
-from asl.data.files import image_names, no_split
+from asl.data.files import image_names, no_split, unreadable
 from asl.errors import DataError
 
 VERSION = 1
@@ -132,16 +132,16 @@ def sources(root: Path, split: str, *, image_folder: str = "", **_: object) -> t
 def _decode(path: Path) -> Instances:
     # Typed decoding from a map of the file: neither its text nor the fields that are not wanted
     # ever become Python objects.
-    with path.open("rb") as file:
-        if not path.stat().st_size:
-            raise DataError(f"{path} is empty")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-            try:
+    try:
+        with path.open("rb") as file:
+            if not path.stat().st_size:
+                raise DataError(f"{path} is empty")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
                 data = msgspec.json.decode(text, type=Instances)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                raise DataError(
-                    f"{path} is not a JSON in COCO's instances format: {error}"
-                ) from None
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"{path} is not a JSON in COCO's instances format: {error}") from None
     for name in ("categories", "images"):
         if not getattr(data, name):
             raise DataError(f"{path}: {name} is empty")

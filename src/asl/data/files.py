@@ -1,5 +1,6 @@
 """The files of a data set: what to say of one that is not there, reading text, image names."""
 
+import csv
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,11 @@ def not_found(path: Path) -> DataError:
     return DataError(f"{path} is not there: {folder} holds {listed or 'nothing'}")
 
 
+def unreadable(path: Path, error: OSError) -> DataError:
+    """The error for a file or folder that is there, but that the system does not let us read."""
+    return DataError(f"{path} cannot be read: {error.strerror}")
+
+
 def no_split(split: str, there: Sequence[str], path: Path) -> UsageError | DataError:
     """The error for a split that was looked for at `path`: it names those that are there."""
     if not there:
@@ -32,16 +38,30 @@ def no_split(split: str, there: Sequence[str], path: Path) -> UsageError | DataE
 def read_lines(path: Path) -> list[str]:
     """The lines of a UTF-8 text file, without a byte order mark.
 
-    Raises `DataError` if the file is not there or a line is not UTF-8.
+    Raises `DataError` if the file is not there, cannot be read, or a line is not UTF-8.
     """
     if not path.is_file():
         raise not_found(path)
-    data = path.read_bytes()
     try:
+        data = path.read_bytes()
         return data.decode("utf-8-sig").splitlines()
+    except OSError as error:
+        raise unreadable(path, error) from error
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path}: line {line} is not UTF-8 (byte {error.start:,})") from None
+
+
+def read_rows(path: Path) -> list[list[str]]:
+    """The rows of a CSV in UTF-8, each a list of cells; that of a blank line is empty.
+
+    Raises `DataError` as `read_lines` does, and for quotes that do not match.
+    """
+    rows = csv.reader(read_lines(path), strict=True)
+    try:
+        return list(rows)
+    except csv.Error as error:
+        raise DataError(f"{path}: line {rows.line_num}: {error}") from None
 
 
 def image_names(

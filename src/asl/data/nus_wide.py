@@ -107,7 +107,7 @@ def _zoo(paths: list[Path], split: str, folder: Path) -> Annotations:
 def _names(text: str, place: str) -> list[str]:
     try:
         names = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(f"{place}, column label: {text!r} is not a list of names")

@@ -131,12 +131,12 @@ def _read(path: Path, classes: list[str], at_least: float | None = None) -> pl.D
     ).filter(~pl.col("good") | (pl.col("column").is_not_null() & pl.col("value").is_not_null()))
     try:
         known = cells.collect(engine="streaming")
-    except pl.exceptions.PolarsError as error:
-        raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-    if not known["good"].all():
+        if known["good"].all():
+            return known.drop("good")
         row, *texts = labels.with_row_index(offset=2).filter(~good).head(1).collect().row(0)
-        raise DataError(f"{path}: row {row}: not a label: {','.join(map(str, texts))}")
-    return known.drop("good")
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    raise DataError(f"{path}: row {row}: not a label: {','.join(map(str, texts))!r}")
 
 
 def _hexadecimal(ids: npt.NDArray[np.uint64]) -> npt.NDArray[np.bytes_]:

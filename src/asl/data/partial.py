@@ -23,9 +23,13 @@ def simulate(annotations: Annotations, scheme: str, seed: int) -> Annotations:
     """
     name, _, amount = scheme.partition(":")
     if name == "fpc":
-        if not amount.isdecimal() or int(amount) == 0:
+        try:
+            n = int(amount)
+        except ValueError:
+            n = 0
+        if n < 1:
             raise UsageError(f"{scheme!r}: fpc takes a whole number from 1 on, as in fpc:1000")
-        return fixed_per_class(annotations, int(amount), seed)
+        return fixed_per_class(annotations, n, seed)
     if name == "rps":
         try:
             p = float(amount)

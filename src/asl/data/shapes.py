@@ -76,9 +76,12 @@ def splits(root: Path) -> list[str]:
 def sources(root: Path, split: str, **_: object) -> tuple[Path, Path]:
     """The JSON of a split and the folder of its images, both drawn first where they are not there.
 
-    Raises `DataError` if `root` holds another data set.
+    Raises `DataError` if `root` holds another data set or cannot be written.
     """
-    draw_shapes(root)
+    try:
+        draw_shapes(root)
+    except OSError as error:
+        raise DataError(f"the shapes cannot be drawn into {root}: {error.strerror}") from error
     return coco.sources(root, split)
 
 
@@ -128,7 +131,7 @@ def _is_complete(target: Path, info: Fields) -> bool:
     try:
         found = json.loads(target.read_bytes())["info"]
         is_ours = found["description"] == info["description"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         is_ours = False
     if not is_ours:
         raise DataError(

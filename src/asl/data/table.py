@@ -5,15 +5,16 @@ a.jpg,cat|dog               a.jpg,1,1
 b.jpg,                      b.jpg,0,
 """
 
-import csv
 import hashlib
 from pathlib import Path
 
 import numpy as np
 import polars as pl
+from polars.exceptions import PanicException, PolarsError
+from polars.selectors import by_dtype
 
 from asl.data.annotations import ABSENT, PRESENT, UNANNOTATED, Annotations
-from asl.data.files import image_names, no_split, not_found, read_lines
+from asl.data.files import image_names, no_split, not_found, read_rows, unreadable
 from asl.errors import DataError
 
 VERSION = 1
@@ -88,18 +89,22 @@ def sources(root: Path, split: str, *, image_folder: str = "", **_: object) -> l
 def read_text(path: Path) -> pl.DataFrame:
     """A table and `PLACE`; of a CSV, all columns are text, without the spaces around cells.
 
-    Raises `DataError` if the file is neither a CSV in UTF-8 nor Parquet.
+    Raises `DataError` if the file cannot be read, or is neither a CSV in UTF-8 nor Parquet.
     """
     parquet = path.suffix == ".parquet"
     try:
         if parquet:
-            frame = pl.read_parquet(path)
+            frame = pl.read_parquet(path).with_columns(
+                by_dtype(pl.Categorical, pl.Enum).cast(pl.String)
+            )
         else:
             frame = pl.read_csv(path, infer_schema=False)
             frame = frame.rename(str.strip).with_columns(
                 pl.all().str.strip_chars().replace("", None)
             )
-    except pl.exceptions.PolarsError as error:
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (PolarsError, PanicException) as error:  # a damaged Parquet file can upset Polars itself
         if not parquet:
             _check_rows(path)
         raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
@@ -113,18 +118,18 @@ def read_text(path: Path) -> pl.DataFrame:
 
 def _check_rows(path: Path) -> None:
     # Polars does not say where a CSV is wrong. This does, slowly.
-    lines = csv.reader(read_lines(path), strict=True)
-    header = next(lines, [])
-    try:
-        for row, cells in enumerate(lines, start=2):
-            if len(cells) > len(header):
-                raise DataError(f"{path}: row {row} has {len(cells)} cells, not {len(header)}")
-    except csv.Error as error:
-        raise DataError(f"{path}: line {lines.line_num}: {error}") from None
+    header, *rows = read_rows(path) or [[]]
+    for row, cells in enumerate(rows, start=2):
+        if len(cells) > len(header):
+            raise DataError(f"{path}: row {row} has {len(cells)} cells, not {len(header)}")
 
 
 def _read_all(paths: list[Path]) -> pl.DataFrame:
     frames = [_read(path) for path in paths]
+    forms = ["labels" in frame.columns for frame in frames]
+    if any(forms) and not all(forms):
+        other = paths[forms.index(False)]
+        raise DataError(f"{other} has no column labels, but {paths[forms.index(True)]} has one")
     usual = any(paths[0].stem in pair for pair in DEFAULT_SPLITS)
     if len(paths) > 1 or (usual and "split" not in frames[0].columns):
         frames = [
@@ -144,12 +149,15 @@ def _read(path: Path) -> pl.DataFrame:
     frame = frame.rename({name: "path"})
     about = [column for column in (PLACE, "path", "split") if column in frame.columns]
     for column in about[1:]:
+        frame = frame.with_columns(_text(frame[column], path))
         _check(frame, column, frame[column].is_not_null(), "a cell is empty")
     if "labels" in frame.columns:
-        return frame.select(*about, _names(frame["labels"]))
+        return frame.select(*about, _names(frame["labels"], path))
     for column in frame.drop(about).columns:
         if column.endswith("_duplicated_0"):  # so Polars renames it
             raise DataError(f"{path}: column {column.removesuffix('_duplicated_0')} is there twice")
+        if not (frame[column].dtype.is_numeric() or frame[column].dtype in _MARKS):
+            raise _of_type(frame[column], path)
         label = frame[column].cast(pl.Float64, strict=False)
         known = frame[column].is_null() | label.is_in([1.0, 0.0, -1.0]).fill_null(False)
         _check(frame, column, known, "{!r} is not 1, 0, -1 or empty")
@@ -163,9 +171,25 @@ def _check(frame: pl.DataFrame, column: str, good: pl.Series, message: str) -> N
         raise DataError(f"{frame[PLACE][row]}, column {column}: {value}")
 
 
-def _names(labels: pl.Series) -> pl.Series:
-    if labels.dtype == pl.String:
-        labels = labels.str.split("|")
+_MARKS = (pl.String, pl.Boolean, pl.Null)  # beside numbers, what the cells of a class may be
+
+
+def _of_type(column: pl.Series, path: Path) -> DataError:
+    return DataError(f"{path}: column {column.name} is of type {column.dtype}: use text or numbers")
+
+
+def _text(column: pl.Series, path: Path) -> pl.Series:
+    try:
+        if not column.dtype.is_nested():
+            return column.cast(pl.String)
+    except PolarsError:  # bytes that are not UTF-8
+        pass
+    raise _of_type(column, path)
+
+
+def _names(labels: pl.Series, path: Path) -> pl.Series:
+    if labels.dtype != pl.List(pl.String):
+        labels = _text(labels, path).str.split("|")
     name = pl.element().str.strip_chars()
     return labels.fill_null([]).list.eval(name.filter(name != ""))
 
