@@ -99,10 +99,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", help="the VOCdevkit folder")
     parser.add_argument("--model-path", required=True, help="ImageNet weights of the model")
+    parser.add_argument("--hiding", choices=HIDING, nargs="*", default=[*HIDING], help="only these")
     chosen = parser.parse_args()
     results = []
     # The paper's four first, seed by seed: what is there of an unfinished study is balanced.
-    runs = [*product(SEEDS, METHODS, HIDING), *product(SEEDS, VARIANTS, HIDING)]
+    kinds = chosen.hiding
+    runs = [*product(SEEDS, METHODS, kinds), *product(SEEDS, VARIANTS, kinds)]
     for seed, method, hiding in runs:
         path = RESULTS / f"{hiding}_{method}_{seed}.json"
         if not path.exists():

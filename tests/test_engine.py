@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from asl import checkpoint
+from asl import checkpoint, engine
 from asl.config import Config
 from asl.data.loader import Batch
 from asl.engine import Training, create_loss, fit, pick_device, precision, score
@@ -162,6 +162,28 @@ def test_every_option_of_the_average_changes_it(option, small_shapes, tmp_path):
     name = next(iter(usual["ema"]))
     assert torch.equal(usual["regular"][name], other["regular"][name])
     assert not torch.equal(usual["ema"][name], other["ema"][name])
+
+
+@pytest.mark.parametrize(
+    "settings_of_the_data_side", [{"cache_dir": "cache"}, {"augment_on": "device"}], ids=str
+)
+def test_where_images_come_from_and_are_augmented_changes_no_result(
+    settings_of_the_data_side, small_shapes, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    plain = settings(small_shapes, "plain", augment="flip", epochs=1)
+    other = settings(small_shapes, "other", augment="flip", epochs=1, **settings_of_the_data_side)
+    logs = [(fit(config) / "metrics.jsonl").read_text() for config in (plain, other)]
+    assert logs[0] == logs[1]
+    if "cache_dir" in settings_of_the_data_side:
+        assert len(list(Path("cache").glob("*.images"))) == 2  # training and validation
+
+
+@pytest.mark.parametrize(("slow", "said"), [(-1, True), (2, False)])
+def test_waiting_for_data_is_said(slow, said, small_shapes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(engine, "SLOW_DATA", slow)
+    fit(settings(small_shapes, tmp_path, epochs=1))
+    assert ("of the time: raise --workers or use --cache-dir" in capsys.readouterr().out) is said
 
 
 def test_validation_can_be_rarer_than_epochs(small_shapes, tmp_path):
