@@ -59,6 +59,11 @@ def _joined() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def torchrun_name() -> str:
+    """What all processes of one torchrun call it, restarted ones too; "" without torchrun."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "")
+
+
 def was_restarted() -> bool:
     """Whether torchrun started this process in place of one that failed (`--max-restarts`)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

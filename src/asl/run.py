@@ -26,7 +26,7 @@ from torch import Tensor
 from asl import __version__, checkpoint, report
 from asl.atomic import replacing
 from asl.config import RESUME_LAST, Config
-from asl.distributed import rank, was_restarted
+from asl.distributed import rank, torchrun_name, was_restarted
 from asl.errors import DataError, TrainingError, UsageError
 from asl.prior import RunningPrior, write_prior
 
@@ -70,7 +70,7 @@ class Run:
     def _kept(self) -> dict[str, Any] | None:
         """The checkpoint to go on from: the folder's own, else the one that `--resume` names."""
         named = self.config.resume not in ("", RESUME_LAST)
-        if _goes_on(self.config) and self.last.exists():
+        if _goes_on(self.config, self.folder) and self.last.exists():
             path = self.last
         elif named:
             path = Path(self.config.resume)
@@ -199,26 +199,37 @@ class Run:
 
 def run_folder(config: Config) -> Path:
     """Where the run is to live, or lived that is resumed; refuses to overwrite one unasked."""
-    goes_on = _goes_on(config)
     if config.output:
         folder = Path(config.output)
     else:
         name = Path(config.config).stem or f"{config.dataset}_{config.model_name}"
         folders = [Path("runs", name), *(Path("runs", f"{name}-{n}") for n in range(2, 1000))]
         free = next(i for i, folder in enumerate(folders) if not folder.exists())
-        folder = folders[free - (goes_on and free > 0)]
+        folder = folders[free - (free > 0 and _goes_on(config, folders[free - 1]))]
+    goes_on = _goes_on(config, folder)
     # A run that was stopped while it estimated its prior has no checkpoint of its own yet.
-    taken = (folder / "last.pt").exists() or (goes_on and (folder / "prior").exists())
-    if config.resume == RESUME_LAST and not taken and not was_restarted():
+    try:
+        taken = (folder / "last.pt").exists() or (goes_on and (folder / "prior").exists())
+    except OSError as error:  # a name that is too long, or a folder that is closed to us
+        raise DataError(f"cannot write into {folder}: {error.strerror}") from error
+    if config.resume == RESUME_LAST and not taken:
         raise UsageError(f"there is no run to resume in {folder}")
     if taken and not (goes_on or config.overwrite):
         raise UsageError(f"{folder} holds a run: pass --resume, --overwrite or another --output")
     return folder
 
 
-def _goes_on(config: Config) -> bool:
-    # torchrun restarts the very command that failed.
-    return bool(config.resume) or was_restarted()
+def _goes_on(config: Config, folder: Path) -> bool:
+    """Whether to go on with the run in `folder`: as asked, or as it is torchrun's that restarts."""
+    if config.resume or not was_restarted():
+        return bool(config.resume)
+    # torchrun restarts the very command that failed, which may have been refused the folder.
+    locks = [lock for lock in (folder / ".lock", folder / "prior" / ".lock") if lock.exists()]
+    return any(lock.read_text().endswith(_by_torchrun()) for lock in locks)
+
+
+def _by_torchrun() -> str:
+    return f", torchrun {torchrun_name()}\n" if torchrun_name() else "\n"
 
 
 def best_map(row: Mapping[str, float]) -> float:
@@ -257,6 +268,6 @@ def _locked(path: Path) -> Iterator[None]:
                 "wait for it, or choose another --output"
             ) from None
         file.truncate(0)
-        file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        file.write(f"pid {os.getpid()} on {socket.gethostname()}{_by_torchrun()}")
         file.flush()
         yield
