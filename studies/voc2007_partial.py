@@ -8,7 +8,7 @@ The prior of CSL comes from the model of that seed that ignores what is not anno
     python studies/voc2007_partial.py VOCDEVKIT --model-path LITE0.safetensors
 
 A run whose result is in results/voc2007_partial/ is not done again: what is missing is run, then
-the tables are printed.
+the tables are printed (`--tables`: of what is there, without a run).
 """
 
 import argparse
@@ -98,16 +98,21 @@ def tables(data: str, results: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", help="the VOCdevkit folder")
-    parser.add_argument("--model-path", required=True, help="ImageNet weights of the model")
+    parser.add_argument(
+        "--model-path", default="LITE0.safetensors", help="ImageNet weights of the model"
+    )
     parser.add_argument("--hiding", choices=HIDING, nargs="*", default=[*HIDING], help="only these")
+    parser.add_argument("--tables", action="store_true", help="run nothing")
     chosen = parser.parse_args()
-    results = []
     # The paper's four first, seed by seed: what is there of an unfinished study is balanced.
     kinds = chosen.hiding
     runs = [*product(SEEDS, METHODS, kinds), *product(SEEDS, VARIANTS, kinds)]
+    results = []
     for seed, method, hiding in runs:
         path = RESULTS / f"{hiding}_{method}_{seed}.json"
         if not path.exists():
+            if chosen.tables:
+                continue
             figures = run(chosen.data, chosen.model_path, hiding, method, seed)
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as file:

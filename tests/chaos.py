@@ -338,7 +338,7 @@ def fill_disks(times, epochs, chance):
                 check_readable(folder)
                 if ended[0] != 0:
                     check_message(*ended)
-                    hit[f"{way}, {phase}"] += 1
+                    hit[f"{phase} ({way})"] += 1
                     say(f"full disk ({way}, {phase}): {ended[1].splitlines()[-1]}")
                     continue
             if ended[0] != 0:
@@ -355,7 +355,7 @@ def fill(process, disk, room, by_limit):
     if by_limit or not disk.is_mount():
         with suppress(ProcessLookupError):
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (room, room))
-        return "file size limit"
+        return "limit"
     with suppress(OSError), (disk / "ballast").open("wb", buffering=0) as ballast:
         while True:
             free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - room

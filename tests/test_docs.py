@@ -10,7 +10,11 @@ import timm
 from asl.config import Config, read_recipe
 
 REPOSITORY = Path(__file__).parent.parent
-DOCUMENTS = [*sorted(REPOSITORY.glob("*.md")), *sorted(REPOSITORY.glob("bench/*.md"))]
+DOCUMENTS = [
+    file
+    for pattern in ("*.md", "bench/*.md", "docs/*.md")
+    for file in sorted(REPOSITORY.glob(pattern))
+]
 RECIPES = sorted(REPOSITORY.glob("configs/*.yaml"))
 SCRIPTS = ("train", "validate", "infer")
 LINE_LENGTH = 120
@@ -78,7 +82,8 @@ def test_every_reference_link_is_defined_and_used(path):
 
 @every_document
 def test_every_option_exists(path):
-    others = r"\b(pip|git|torchrun|python -m|python bench/)[^`\n]*?(?=train\.py|`|\n)"
+    names = r"\b(pip|git|srun|torchrun|python (-m|bench/|studies/|tests/))|#SBATCH"
+    others = rf"({names})[^`\n]*?(?=train\.py|`|\n)"
     mentioned = options_in(re.sub(others, "", path.read_text()))
     assert {option for option in mentioned if option[:2] == "--"} - options_of(*SCRIPTS) == set()
 
