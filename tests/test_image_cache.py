@@ -245,13 +245,14 @@ def test_the_pixel_limit_holds_for_the_cache(annotations, folder):
 
 @pytest.fixture
 def start_slow_build(annotations, folder, tmp_path, monkeypatch):
-    """A function that starts a build in a process of its own, and the file that it logs to."""
+    """Starts a build that takes so long for each image, in its own process; the file it logs to."""
     log = tmp_path / "log"
+    seconds = []
 
     def read_slowly(*arguments):
         with log.open("a") as file:
             file.write("read\n")
-        time.sleep(0.02)
+        time.sleep(seconds[-1])
         return read_image(*arguments)
 
     monkeypatch.setattr("asl.data.image_cache.read_image", read_slowly)
@@ -259,7 +260,11 @@ def start_slow_build(annotations, folder, tmp_path, monkeypatch):
     def build():
         assert_same_images(open_image_cache(folder, annotations, SIZE, workers=2), annotations)
 
-    return lambda: start(build), log
+    def start_build(seconds_per_image):
+        seconds.append(seconds_per_image)
+        return start(build)
+
+    return start_build, log
 
 
 def wait_for(condition):
@@ -272,14 +277,14 @@ def wait_for(condition):
 
 def test_of_several_runs_one_builds_and_the_others_wait(start_slow_build, folder):
     start_build, log = start_slow_build
-    assert [wait(run) for run in [start_build() for _ in range(4)]] == [0, 0, 0, 0]
+    assert [wait(run) for run in [start_build(0.02) for _ in range(4)]] == [0, 0, 0, 0]
     assert log.read_text().count("read") == N
     assert len(files_in(folder)) == 1
 
 
 def test_an_interrupted_build_ends_quietly_and_leaves_nothing(start_slow_build, folder, capfd):
     start_build, log = start_slow_build
-    run = start_build()
+    run = start_build(1)
     wait_for(log.exists)
     os.killpg(run.pid, signal.SIGINT)
     assert wait(run) == 128 + signal.SIGINT
@@ -288,13 +293,14 @@ def test_an_interrupted_build_ends_quietly_and_leaves_nothing(start_slow_build, 
 
 
 def test_a_killed_build_is_not_taken_for_a_cache_and_is_cleared_away(
-    start_slow_build, annotations, folder
+    start_slow_build, annotations, folder, monkeypatch
 ):
     start_build, log = start_slow_build
-    run = start_build()
+    run = start_build(1)
     wait_for(log.exists)
     run.kill()
     run.join()
+    monkeypatch.undo()
     assert [Path(name).suffix for name in files_in(folder)] == [".part"]
     cache = open_image_cache(folder, annotations, SIZE, workers=0)
     assert files_in(folder) == [cache.path.name]

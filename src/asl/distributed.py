@@ -38,7 +38,7 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
     except RuntimeError:
         # So ends a collective when another rank is gone. torchrun gives the reason of the rank that
         # it sees fail first, and ends the others: here, without a word.
-        time.sleep(3)
+        time.sleep(10)
         raise
     # Not after an exception: the others may wait in a collective that this process will not join,
     # and would never answer. torchrun ends them.
