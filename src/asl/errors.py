@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 
 class UsageError(Exception):
@@ -53,8 +54,7 @@ def reported() -> Iterator[None]:
         sys.stdout.flush()
     except (UsageError, DataError, TrainingError, Interrupted) as error:
         _print(error)
-        _let_go(error)
-        sys.exit(error.exit_code)
+        _exit(error, error.exit_code)
     except KeyboardInterrupt:
         # Python's own exit would wait for loader workers, which leave the signal to this process.
         os._exit(128 + signal.SIGINT)
@@ -63,14 +63,18 @@ def reported() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         traceback.print_exc()
-        _let_go(error)
-        sys.exit(1)
+        _exit(error, 1)
 
 
-def _let_go(error: Exception) -> None:
+def _exit(error: Exception, code: int) -> NoReturn:
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        # At once: torchrun is to see this process fail before those that miss it do.
+        sys.stdout.flush()
+        os._exit(code)
     # The frames of an error keep what they hold, such as a loader, whose workers ignore the signal
     # with which Python would end them at exit: it would wait for them for ever.
     traceback.clear_frames(error.__traceback__)
+    sys.exit(code)
 
 
 def _print(error: Exception) -> None:
