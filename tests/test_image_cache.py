@@ -258,6 +258,8 @@ def start_slow_build(annotations, folder, tmp_path, monkeypatch):
     monkeypatch.setattr("asl.data.image_cache.read_image", read_slowly)
 
     def build():
+        # A background job of a shell, as the tests may be, starts with the signal ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         assert_same_images(open_image_cache(folder, annotations, SIZE, workers=2), annotations)
 
     def start_build(seconds_per_image):

@@ -32,7 +32,13 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend)
+    store, number, count = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+        # A restart shares the store of addresses with what it replaces, and could find those of the
+        # dead. (Of several machines each counts its own restarts.)
+        attempt = f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}"
+        store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=number, world_size=count)
     try:
         yield device
     except RuntimeError:

@@ -1,0 +1,58 @@
+"""Which cells CSL takes out of the loss, and whether they are present in truth.
+
+The likeliest of the cells that are hidden, by the scores of a model on its training images.
+
+    python studies/csl_selection.py VOCDEVKIT --simulate-partial fpc:150 \
+        --model-path runs/voc2007_partial/fpc_ignore_ce_0/best.pt
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from asl import checkpoint
+from asl.data import read
+from asl.data.annotations import PRESENT, UNANNOTATED, without_missing
+from asl.data.loader import Batch, Batches
+from asl.data.partial import simulate
+from asl.engine import score
+from asl.models import load_model, normalization
+
+PER_IMAGE = (0.25, 0.5, 1, 2, 5)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("data", help="the VOCdevkit folder")
+    parser.add_argument("--model-path", required=True, help="a checkpoint of train.py")
+    parser.add_argument("--simulate-partial", required=True, help="what hid the labels from it")
+    parser.add_argument("--partial-seed", type=int, default=0)
+    chosen = parser.parse_args()
+
+    everything, _ = without_missing(read("voc", chosen.data, "train"), "skip")
+    truth = everything.dense()
+    left = simulate(everything, chosen.simulate_partial, chosen.partial_seed).dense()
+    config = checkpoint.load(chosen.model_path)["config"]
+    model, _ = load_model(config["model_name"], everything.num_classes, chosen.model_path)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in normalization(model))
+
+    def prepare(batch: Batch) -> Tensor:
+        return (batch.images / 255 - mean) / std
+
+    [scores] = score([model], Batches(everything, config["image_size"], 32).epoch(0), prepare)
+    hidden = left == UNANNOTATED
+    present = truth[hidden][np.argsort(-scores.numpy()[hidden], kind="stable")] == PRESENT
+    images = len(everything)
+    print(f"per image {len(present) / images:.1f} hidden, {present.sum() / images:.2f} present")
+    for count in PER_IMAGE:
+        print(f"of the likeliest {count} per image {present[: int(count * images)].mean():.1%}")
+
+
+if __name__ == "__main__":
+    main()
