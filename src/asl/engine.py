@@ -477,13 +477,17 @@ def _score_all(
 ) -> list[Tensor | None]:
     """What `score` returns for the batches of `dataset`, of all ranks, on rank 0."""
     cells = len(dataset) * dataset.num_classes
-    tables = score(
-        models,
-        batches,
-        _prepare(models[0], device),
-        precision(config.amp, device, training=False),
-        torch.float16 if cells > HALF_ABOVE else torch.float32,
-    )
+    try:
+        tables = score(
+            models,
+            batches,
+            _prepare(models[0], device),
+            precision(config.amp, device, training=False),
+            torch.float16 if cells > HALF_ABOVE else torch.float32,
+        )
+    except (RuntimeError, AssertionError, ArithmeticError, ValueError):
+        _check_size(models[0], config)  # if it is that, it says so
+        raise
     return [gather_dealt(table, config.batch_size, len(dataset)) for table in tables]
 
 
@@ -627,9 +631,7 @@ def _trained_model(
         image_size=config.image_size,
     )
     about = {"checkpoint": config.model_path, "weights": loaded.weights}
-    model = fold_batchnorm(_on(device, model))
-    _check_size(model, config)
-    return model, tuple(names.values()), about
+    return fold_batchnorm(_on(device, model)), tuple(names.values()), about
 
 
 def _check_size(model: nn.Module, config: Config) -> None:
