@@ -33,10 +33,10 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     store, number, count = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
-    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") == str(count):
         # A restart shares the store of addresses with what it replaces, and could find those of the
         # dead. (Of several machines each counts its own restarts.)
-        attempt = f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}"
+        attempt = f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=number, world_size=count)
     try:
