@@ -257,6 +257,17 @@ class TestAnyNumberOfRanks:
         assert err.count("3 of 24 classes are in no image") == 3
 
 
+def test_the_two_steps_of_csl_follow_each_other_on_all_ranks(world):
+    words = ("data", "--simulate-partial", "rps:0.5", "--unannotated", "selective")
+    words += ("--prior-path", "estimate", "--epochs", 1, "--output", "selective", *TRAIN)
+    with chdir(world):
+        code, _, err = Torchrun(2, REPOSITORY / "train.py", *words).end()
+        assert code == 0, err
+        prior = Path("selective/prior/prior.csv").read_text()
+        assert prior.count("\n") == 1 + 24
+        assert checkpoint.load("selective/best.pt")["config"]["prior_path"]
+
+
 def test_a_signal_stops_all_ranks_after_the_same_step(two, world):
     code, _, err = two
     assert code != 0

@@ -335,8 +335,8 @@ def _fit(config: Config, device: torch.device) -> Path:
                 row |= {"gap": loss.gap.item(), "gamma_neg": loss.gamma_neg.item()}
             losses = []
             run.end_epoch(training, row)
-    if rank() == 0:
-        report.curves(run.history, run.folder / "curves.png")
+    # The other ranks wait here: what follows may read what rank 0 has written.
+    from_rank_0(lambda: report.curves(run.history, run.folder / "curves.png"))
     return run.folder
 
 
