@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from step import ratio, seconds
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import transforms
 
@@ -123,29 +123,6 @@ class Conventional(Dataset[Any]):
         return self.transform(Image.open(self.files[index]).convert("RGB")), self.targets[index]
 
 
-def seconds(run: Callable[[], object], clock: Callable[[], float]) -> float:
-    """How long `run` takes."""
-    start = clock()
-    run()
-    return clock() - start
-
-
-def in_turn(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """The CPU seconds of each of the runs, which take turns; a first round warms up."""
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 1):
-        for name, run in runs.items():
-            spent = seconds(run, time.process_time)
-            if turn:
-                taken[name].append(spent)
-    return taken
-
-
-def gain(taken: dict[str, list[float]], name: str, base: str) -> float:
-    """How many times faster `name` was, as the median over the rounds."""
-    return statistics.median(b / a for a, b in zip(taken[name], taken[base], strict=True))
-
-
 def exhaust(batches: Batches, epochs: Iterator[int]) -> None:
     """The next of the `epochs` of `batches`."""
     for _ in batches.epoch(next(epochs)):
@@ -207,7 +184,7 @@ def stages(annotations: Annotations, size: int, rounds: int) -> list[tuple[str, 
     }
     rows = []
     for name, (theirs, own) in pairs.items():
-        taken = in_turn({"theirs": theirs, "own": own}, rounds)
+        taken = seconds({"theirs": theirs, "own": own}, rounds)
         per_image = [1000 * statistics.median(t) / len(paths) for t in taken.values()]
         rows.append((name, *per_image))
     return rows
@@ -231,8 +208,12 @@ def scaling(annotations: Annotations, size: int, cache_dir: Path, workers: Seque
             )
             epochs = count()
             exhaust(batches, epochs)
-            run = partial(exhaust, batches, epochs)
-            spent = statistics.median(seconds(run, time.perf_counter) for _ in range(5))
+            times = []
+            for _ in range(5):
+                start = time.perf_counter()
+                exhaust(batches, epochs)
+                times.append(time.perf_counter() - start)
+            spent = statistics.median(times)
             cells.append(f"{len(annotations) / spent:.0f}")
         print(f"| {processes} | {' | '.join(cells)} |")
 
@@ -261,7 +242,7 @@ def main() -> None:
             scaling(annotations, chosen.size, Path(scratch), chosen.workers)
             return
         runs = pipelines(annotations, chosen.size, Path(scratch))
-        taken = in_turn(runs, chosen.rounds)
+        taken = seconds(runs, chosen.rounds)
         print(
             "\n| one core | images/s | ms per image | times conventional |"
             "\n| --- | ---: | ---: | ---: |"
@@ -269,7 +250,8 @@ def main() -> None:
         for name, times in taken.items():
             base = "conventional, " + ("validation" if "validation" in name else "training")
             ms = 1000 * statistics.median(times) / len(annotations)
-            print(f"| {name} | {1000 / ms:.0f} | {ms:.2f} | {gain(taken, name, base):.1f} |")
+            gain = ratio(times, taken[base])
+            print(f"| {name} | {1000 / ms:.0f} | {ms:.2f} | {gain:.1f} |")
         print(
             "\n| stage, ms per image | conventional | here | ratio |\n| --- | ---: | ---: | ---: |"
         )

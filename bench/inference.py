@@ -14,12 +14,12 @@ import copy
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import torch
+from step import ratio, seconds
 from torch import Tensor, nn
 
 from asl.models import create_model, fold_batchnorm
@@ -55,19 +55,12 @@ def variants(model: nn.Module, images: Tensor, compiled: bool) -> dict[str, Call
 def table(name: str, batch_size: int, image_size: int, rounds: int, compiled: bool) -> str:
     model = create_model(name, 80).eval()
     images = torch.rand(batch_size, 3, image_size, image_size)
-    runs = variants(model, images, compiled)
-    seconds: dict[str, list[float]] = {run: [] for run in runs}
-    for turn in range(rounds + 1):
-        for run, forward in runs.items():
-            start = time.process_time()
-            forward()
-            if turn > 0:  # the first warms up
-                seconds[run].append(time.process_time() - start)
+    times = seconds(variants(model, images, compiled), rounds)
+    eager = next(iter(times.values()))
     lines = [f"| {name} | images/s | x eager |", "| --- | ---: | ---: |"]
-    for run, times in seconds.items():
-        ratios = (base / own for base, own in zip(next(iter(seconds.values())), times, strict=True))
-        rate = batch_size / statistics.median(times)
-        lines.append(f"| {run} | {rate:.1f} | {statistics.median(ratios):.2f} |")
+    for run, own in times.items():
+        rate = batch_size / statistics.median(own)
+        lines.append(f"| {run} | {rate:.1f} | {ratio(own, eager):.2f} |")
     return "\n".join(lines)
 
 

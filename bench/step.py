@@ -82,7 +82,7 @@ def training(model: nn.Module, amp: str = "off") -> Training:
 
 
 def seconds(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """The time of every run of each contender, in `rounds` rounds after one to warm up."""
+    """The CPU seconds of each of the runs, which take turns for so many rounds after one."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
         for name, run in runs.items():
@@ -94,6 +94,7 @@ def seconds(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, 
 
 
 def ratio(baseline: list[float], own: list[float]) -> float:
+    """What part of the baseline's time `own` took, as the median over the rounds."""
     return statistics.median(own / base for base, own in zip(baseline, own, strict=True))
 
 

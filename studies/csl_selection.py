@@ -14,15 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from asl import checkpoint
 from asl.data import read
 from asl.data.annotations import PRESENT, UNANNOTATED, without_missing
-from asl.data.loader import Batch, Batches
+from asl.data.loader import Batches
 from asl.data.partial import simulate
-from asl.engine import score
-from asl.models import load_model, normalization
+from asl.engine import preparation, score
+from asl.models import load_model
 
 PER_IMAGE = (0.25, 0.5, 1, 2, 5)
 
@@ -40,12 +39,8 @@ def main() -> None:
     left = simulate(everything, chosen.simulate_partial, chosen.partial_seed).dense()
     config = checkpoint.load(chosen.model_path)["config"]
     model, _ = load_model(config["model_name"], everything.num_classes, chosen.model_path)
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in normalization(model))
-
-    def prepare(batch: Batch) -> Tensor:
-        return (batch.images / 255 - mean) / std
-
-    [scores] = score([model], Batches(everything, config["image_size"], 32).epoch(0), prepare)
+    batches = Batches(everything, config["image_size"], 32).epoch(0)
+    [scores] = score([model], batches, preparation(model, torch.device("cpu")))
     hidden = left == UNANNOTATED
     present = truth[hidden][np.argsort(-scores.numpy()[hidden], kind="stable")] == PRESENT
     images = len(everything)

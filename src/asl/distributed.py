@@ -23,7 +23,7 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
     That is `device`, or on a machine with several GPUs the one of this process. Tensors on GPUs
     travel by NCCL, those on the host by gloo. Nested blocks are one.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ or _joined():
+    if not torchrun_name() or _joined():
         yield device
         return
     backend = "gloo"
@@ -36,8 +36,7 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
     if os.environ.get("LOCAL_WORLD_SIZE", "1") == str(count):
         # A restart shares the store of addresses with what it replaces, and could find those of the
         # dead. (Of several machines each counts its own restarts.)
-        attempt = f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
+        store = dist.PrefixStore(f"start {restarts()}", store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=number, world_size=count)
     try:
         yield device
@@ -70,9 +69,9 @@ def torchrun_name() -> str:
     return os.environ.get("TORCHELASTIC_RUN_ID", "")
 
 
-def was_restarted() -> bool:
-    """Whether torchrun started this process in place of one that failed (`--max-restarts`)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def restarts() -> int:
+    """How often torchrun has started this process anew after a failure (`--max-restarts`)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def summed(tensor: Tensor) -> Tensor:

@@ -262,7 +262,7 @@ def _fit(config: Config, device: torch.device) -> Path:
     _check_size(model, config)
     if config.sync_bn:
         model = convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-    prepare = _prepare(model, device)
+    prepare = preparation(model, device)
     partial = bool(train_set.counts(UNANNOTATED).any())
     prior = read_prior(config.prior_path, train_set.classes) if config.prior_path else None
     loss = create_loss(config, partial, prior)
@@ -355,8 +355,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         model, classes, about = _trained_model(config, device)
         dataset = _annotations(config, "val", classes)
         names = _display_names(config, classes)
-        batches = _progress(_batches(config, dataset, device), 0, "validation")
-        [scores] = _score_all([model], batches, config, dataset, device)
+        scores = _scores(model, config, dataset, device, "validation")
         if config.estimate_prior:
             _estimate_prior(config, model, classes, device)
     if scores is None:
@@ -384,8 +383,7 @@ def _estimate_prior(
     config: Config, model: nn.Module, classes: Sequence[str], device: torch.device
 ) -> None:
     dataset = _annotations(config, "train", classes)
-    batches = _progress(_batches(config, dataset, device), 0, "prior")
-    [scores] = _score_all([model], batches, config, dataset, device)
+    scores = _scores(model, config, dataset, device, "prior")
     if scores is not None:
         write_prior(config.estimate_prior, classes, scores.mean(0, dtype=torch.float32))
 
@@ -427,8 +425,7 @@ def predict(config: Config) -> list[dict[str, Any]]:
         model, classes, _ = _trained_model(config, device)
         names = _display_names(config, classes)
         images = Annotations.unlabelled(*find_images(config.pic_path), classes)
-        batches = _progress(_batches(config, images, device), 0, "images")
-        [scores] = _score_all([model], batches, config, images, device)
+        scores = _scores(model, config, images, device, "images")
     if scores is None:
         return []
     top_scores, top_classes = scores.topk(min(config.top_k or 10, len(classes)))
@@ -468,6 +465,15 @@ def score(
     return [torch.cat(part) for part in parts]
 
 
+def _scores(
+    model: nn.Module, config: Config, dataset: Annotations, device: torch.device, title: str
+) -> Tensor | None:
+    """The (N, C) scores of `dataset`, of all ranks, on rank 0."""
+    batches = _progress(_batches(config, dataset, device), 0, title)
+    [scores] = _score_all([model], batches, config, dataset, device)
+    return scores
+
+
 def _score_all(
     models: Sequence[nn.Module],
     batches: Iterable[Batch],
@@ -481,7 +487,7 @@ def _score_all(
         tables = score(
             models,
             batches,
-            _prepare(models[0], device),
+            preparation(models[0], device),
             precision(config.amp, device, training=False),
             torch.float16 if cells > HALF_ABOVE else torch.float32,
         )
@@ -651,7 +657,7 @@ def _on(device: torch.device, model: nn.Module) -> nn.Module:
     return model.to(device).to(memory_format=torch.channels_last)
 
 
-def _prepare(model: nn.Module, device: torch.device) -> Callable[[Batch], Tensor]:
+def preparation(model: nn.Module, device: torch.device) -> Callable[[Batch], Tensor]:
     """What makes the model's input of a batch: normalised float32 images on the device."""
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in normalization(model))
     scale, shift = 1 / (255 * std), -mean / std

@@ -26,7 +26,7 @@ from torch import Tensor
 from asl import __version__, checkpoint, report
 from asl.atomic import replacing
 from asl.config import RESUME_LAST, Config
-from asl.distributed import rank, torchrun_name, was_restarted
+from asl.distributed import rank, restarts, torchrun_name
 from asl.errors import DataError, TrainingError, UsageError
 from asl.prior import RunningPrior, write_prior
 
@@ -221,7 +221,7 @@ def run_folder(config: Config) -> Path:
 
 def _goes_on(config: Config, folder: Path) -> bool:
     """Whether to go on with the run in `folder`: as asked, or as it is torchrun's that restarts."""
-    if config.resume or not was_restarted():
+    if config.resume or not restarts():
         return bool(config.resume)
     # torchrun restarts the very command that failed, which may have been refused the folder.
     locks = [lock for lock in (folder / ".lock", folder / "prior" / ".lock") if lock.exists()]

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -72,10 +73,16 @@ class Batches:
         pin_memory: bool = False,
     ) -> None:
         self.batch_size, self.waited = batch_size, 0.0
-        self._samples = _Samples(annotations, image_size, seed, cache, max_pixels)
-        self._samples.augment = "none" if augment_later else augment
-        self._samples.planar = augment != "none" or cache is not None
-        self._samples.skip = bad_images == "skip"
+        self._samples = _Samples(
+            annotations,
+            image_size,
+            seed,
+            augment="none" if augment_later else augment,
+            planar=augment != "none" or cache is not None,
+            cache=cache,
+            skip=bad_images == "skip",
+            max_pixels=max_pixels,
+        )
         self._later, self._reported = augment if augment_later else None, 0
         self._order = _Order(len(annotations), batch_size, shuffle, seed)
         workers = min(default_workers() if workers is None else workers, self._order.steps)
@@ -166,23 +173,20 @@ class _Order(Sampler[list[Key]]):
             yield _Share(indices if len(indices) else order[:1], len(indices))
 
 
+@dataclass(eq=False)
 class _Samples(Dataset[tuple[Tensor, Tensor] | DataError]):
-    augment = "none"
-    planar = True  # channels apart, as warps and look-ups want them
-    skip = False
+    annotations: Annotations
+    image_size: int
+    seed: int
+    augment: str
+    planar: bool  # channels apart, as warps and look-ups want them
+    cache: ImageCache | None
+    skip: bool
+    max_pixels: int
 
-    def __init__(
-        self,
-        annotations: Annotations,
-        image_size: int,
-        seed: int,
-        cache: ImageCache | None,
-        max_pixels: int,
-    ) -> None:
-        self.annotations, self.image_size, self.seed = annotations, image_size, seed
-        self.cache, self.max_pixels = cache, max_pixels
+    def __post_init__(self) -> None:
         # Shared by the workers, which mark what they could not read.
-        self.unreadable = torch.zeros(len(annotations), dtype=torch.bool)
+        self.unreadable = torch.zeros(len(self.annotations), dtype=torch.bool)
         self.unreadable.share_memory_()  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:
