@@ -1,6 +1,9 @@
 """Batches: order, ranks, images that cannot be read, memory that is shared and not copied."""
 
 import logging
+import shutil
+import subprocess
+import sys
 from itertools import chain
 
 import numpy as np
@@ -13,7 +16,7 @@ from asl.data.annotations import Annotations
 from asl.data.augment import apply
 from asl.data.image_cache import open_image_cache
 from asl.data.loader import Batches
-from asl.errors import DataError
+from asl.errors import DataError, UsageError
 
 SIZE = 16
 
@@ -106,10 +109,57 @@ def test_the_image_cache_changes_no_pixel(pictures, tmp_path):
         assert torch.equal(one.images, other.images)
 
 
-def test_a_worker_fills_shared_memory(pictures):
-    [batch] = Batches(pictures(4), SIZE, 4, workers=1).epoch(0)
-    assert batch.images.is_shared()
-    assert batch.targets.is_shared()
+# On one core too, where PyTorch advises against it.
+two_workers = pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")
+
+
+@two_workers
+@pytest.mark.parametrize("workers", [1, 2])
+def test_batches_that_are_kept_outlive_those_that_come_after(workers, pictures):
+    annotations = pictures(40)
+    options = {"augment": "recipe", "shuffle": True}
+    alone = list(Batches(annotations, SIZE, 2, **options, workers=0).epoch(0))
+    kept = list(Batches(annotations, SIZE, 2, **options, workers=workers).epoch(0))
+    for one, other in zip(alone, kept, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert not other.images.is_shared()
+
+
+@two_workers
+def test_an_epoch_that_was_left_does_not_reach_into_the_next(pictures):
+    annotations = pictures(40)
+    batches = Batches(annotations, SIZE, 2, shuffle=True, workers=2)
+    for left in (1, 4, 7):
+        for _ in zip(range(left), batches.epoch(0), strict=False):
+            pass
+        assert seen(batches, 1) == seen(Batches(annotations, SIZE, 2, shuffle=True, workers=0), 1)
+
+
+def test_too_little_shared_memory_is_an_error_before_the_first_batch(pictures, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 0, 100))
+    annotations = pictures(4)
+    Batches(annotations, SIZE, 4, workers=0)
+    with pytest.raises(UsageError, match=r"needs 0 MB of shared memory and /dev/shm has 0: .*shm"):
+        Batches(annotations, SIZE, 4, workers=1)
+
+
+@pytest.mark.parametrize("end", ["", "raise SystemExit(3)", "1 / 0"])
+def test_a_process_with_workers_ends(end, pictures, tmp_path):
+    """Python waits for its processes at exit, and workers ignore that it wants them to end."""
+    pictures(4)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from asl.data.annotations import Annotations\n"
+        "from asl.data.images import find_images\n"
+        "from asl.data.loader import Batches\n"
+        f"annotations = Annotations.unlabelled(*find_images({str(tmp_path)!r}), ['a', 'b'])\n"
+        f"batches = Batches(annotations, {SIZE}, 2, workers=1)\n"
+        "epoch = batches.epoch(0)\n"
+        f"next(epoch)\n{end}\n"
+    )
+    ended = subprocess.run([sys.executable, script], timeout=60, capture_output=True, text=True)
+    assert ended.returncode == {"": 0, "raise SystemExit(3)": 3}.get(end, 1), ended.stderr
+    assert ("ZeroDivisionError" in ended.stderr) == (end == "1 / 0")
 
 
 def test_an_unreadable_image_is_an_error_that_names_it(pictures):

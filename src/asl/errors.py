@@ -54,26 +54,22 @@ def reported() -> Iterator[None]:
         sys.stdout.flush()
     except (UsageError, DataError, TrainingError, Interrupted) as error:
         _print(error)
-        _exit(error, error.exit_code)
+        _exit(error.exit_code)
     except KeyboardInterrupt:
-        # Python's own exit would wait for loader workers, which leave the signal to this process.
-        os._exit(128 + signal.SIGINT)
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         # The reader of our output, such as `head`, has seen enough. Python would complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception as error:
+    except Exception:
         traceback.print_exc()
-        _exit(error, 1)
+        _exit(1)
 
 
-def _exit(error: Exception, code: int) -> NoReturn:
+def _exit(code: int) -> NoReturn:
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         # At once: torchrun is to see this process fail before those that miss it do.
         sys.stdout.flush()
         os._exit(code)
-    # The frames of an error keep what they hold, such as a loader, whose workers ignore the signal
-    # with which Python would end them at exit: it would wait for them for ever.
-    traceback.clear_frames(error.__traceback__)
     sys.exit(code)
 
 

@@ -44,7 +44,7 @@ class Interrupts:
             return
         # torchrun answers Ctrl-C, which reaches all processes, with a SIGTERM to each of its own.
         if number == self._stop == signal.SIGINT:
-            os._exit(128 + signal.SIGINT)  # Python's own exit waits for workers, which ignore both
+            os._exit(128 + signal.SIGINT)  # whatever it is that hangs
         self._stop = self._stop or number
 
     def until_stopped(self, items: Iterable[T]) -> Iterator[T]:

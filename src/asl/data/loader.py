@@ -1,12 +1,16 @@
 """From annotations to batches: uint8 images and int8 targets, in an order that can be resumed."""
 
+import atexit
 import logging
 import os
+import shutil
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +23,12 @@ from asl.data.augment import apply, draw
 from asl.data.image_cache import ImageCache
 from asl.data.images import MAX_PIXELS, read_image, squish
 from asl.distributed import rank, world_size
-from asl.errors import DataError
+from asl.errors import DataError, UsageError
 
 MAX_UNREADABLE = 0.01  # share of the images that may be replaced before that is an error
+PREFETCH = 2  # batches that each worker makes ahead
+SHARED_MEMORY = Path("/dev/shm")
 log = logging.getLogger("asl")
-
-# A sample is asked for by (epoch, index): with the seed, all that its augmentation depends on.
-Key = tuple[int, int]
 
 
 class Batch(NamedTuple):
@@ -52,6 +55,10 @@ class Batches:
     one; otherwise they are dealt whole batches, each made as one process would. All ranks see as
     many batches: one without a share of the last gets a single image, and no target.
 
+    Workers fill shared memory of 2 `workers` + 1 batches, over and over; what comes out is a copy,
+    with `pin_memory` one from which a GPU can fetch while the host goes on. `UsageError` if the
+    machine has less.
+
     With `bad_images` "skip", an image that cannot be read is replaced by another, drawn by (`seed`,
     epoch, index), and named in a warning when the epoch ends.
     """
@@ -73,31 +80,43 @@ class Batches:
         pin_memory: bool = False,
     ) -> None:
         self.batch_size, self.waited = batch_size, 0.0
+        self._order = _Order(len(annotations), batch_size, shuffle, seed)
+        workers = min(default_workers() if workers is None else workers, self._order.steps)
+        self._slots = _Slots(
+            # When a batch comes, another is asked for: one more than are under way are in use.
+            count=workers * PREFETCH + 1,
+            shape=(self._order.largest, 3, image_size, image_size),
+            targets=annotations.num_classes,
+            # Warps and look-ups want the channels apart. Decoders and models do not: to part them
+            # is a fifth of the work of reading.
+            planar=augment != "none" or cache is not None,
+            shared=workers > 0,
+        )
         self._samples = _Samples(
             annotations,
-            image_size,
+            self._slots,
             seed,
             augment="none" if augment_later else augment,
-            planar=augment != "none" or cache is not None,
             cache=cache,
             skip=bad_images == "skip",
             max_pixels=max_pixels,
         )
         self._later, self._reported = augment if augment_later else None, 0
-        self._order = _Order(len(annotations), batch_size, shuffle, seed)
-        workers = min(default_workers() if workers is None else workers, self._order.steps)
+        self._pin_memory = pin_memory
         self._loader = DataLoader(
             self._samples,
-            batch_sampler=self._order,
+            sampler=self._order,
+            batch_size=None,  # a sample of this loader is a batch
             collate_fn=_as_is,
             num_workers=workers,
             worker_init_fn=_in_worker,
-            pin_memory=pin_memory,
+            prefetch_factor=PREFETCH if workers else None,
             persistent_workers=workers > 0,
             # The loader draws a base seed for its workers, which nothing here uses. Drawn from a
             # generator of its own, it leaves the global one alone: a resumed run draws once more.
             generator=torch.Generator(),
         )
+        _alive.add(self)
 
     def __len__(self) -> int:
         return self._order.steps
@@ -110,17 +129,25 @@ class Batches:
         """
         self._order.epoch, self._order.start = epoch, start
         asked = None  # the first batch is not counted: it comes when the workers have started
-        for batch, share in zip(self._loader, self._order.shares(), strict=True):
+        for error, share in zip(self._loader, self._order.shares(), strict=True):
             self.waited += time.perf_counter() - asked if asked else 0.0
-            if isinstance(batch, DataError):
-                raise batch
-            images, targets = batch
+            if error is not None:
+                raise error
+            images, targets = (self._copy(tensor) for tensor in self._slots.of(share))
             numbers = None
             if self._later is not None:
                 numbers = draw(self._later, self._samples.seed, epoch, share.indices)
             yield Batch(images, targets[: share.counted], numbers)
             asked = time.perf_counter()
         self._report_unreadable()
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor, pin_memory=self._pin_memory).copy_(tensor)
+
+    def _stop(self) -> None:
+        iterator = self._loader._iterator
+        if iterator is not None and self._loader.num_workers:
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
 
     def _report_unreadable(self) -> None:
         rows = self._samples.unreadable.nonzero().flatten().tolist()
@@ -138,31 +165,45 @@ def default_workers() -> int:
     return max(1, min((cores or 1) // ranks_here, 16))
 
 
+# Workers ignore the signal with which Python would end them at exit, to wait for them for ever.
+_alive: WeakSet[Batches] = WeakSet()
+
+
+@atexit.register
+def _stop_workers() -> None:
+    for batches in _alive:
+        batches._stop()
+
+
 class _Share(NamedTuple):
+    """A rank's samples of a step: with the seed, all that they depend on."""
+
+    epoch: int
+    step: int
     indices: npt.NDArray[np.int64]
     counted: int  # the rest keeps the rank company
 
 
-class _Order(Sampler[list[Key]]):
+class _Order(Sampler[_Share]):
     """Which samples make this rank's batches of an epoch."""
 
     def __init__(self, size: int, batch_size: int, shuffle: bool, seed: int) -> None:
         self.size, self.batch_size, self.shuffle, self.seed = size, batch_size, shuffle, seed
         together = batch_size if shuffle else batch_size * world_size()
         self.steps = -(-size // together)
+        self.largest = -(-min(batch_size, size) // (world_size() if shuffle else 1))
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
         return self.steps - self.start
 
-    def __iter__(self) -> Iterator[list[Key]]:
-        epoch = self.epoch
-        return ([(epoch, int(index)) for index in share.indices] for share in self.shares())
+    def __iter__(self) -> Iterator[_Share]:
+        return self.shares()
 
     def shares(self) -> Iterator[_Share]:
-        order, ranks = np.arange(self.size), world_size()
+        order, ranks, epoch = np.arange(self.size), world_size(), self.epoch
         if self.shuffle:
-            np.random.default_rng([self.seed, self.epoch]).shuffle(order)
+            np.random.default_rng([self.seed, epoch]).shuffle(order)
         for step in range(self.start, self.steps):
             if self.shuffle:
                 batch = order[step * self.batch_size : (step + 1) * self.batch_size]
@@ -170,16 +211,56 @@ class _Order(Sampler[list[Key]]):
             else:
                 first = (step * ranks + rank()) * self.batch_size
                 indices = order[first : first + self.batch_size]
-            yield _Share(indices if len(indices) else order[:1], len(indices))
+            yield _Share(epoch, step, indices if len(indices) else order[:1], len(indices))
+
+
+class _Slots:
+    """Memory of `count` batches, which steps use in turn.
+
+    Memory new to both processes for every batch would have to be mapped page by page in each, which
+    at 448 px takes several times as long as to read the images from a cache.
+    """
+
+    def __init__(
+        self, count: int, shape: tuple[int, ...], targets: int, planar: bool, shared: bool
+    ) -> None:
+        batch, channels, height, width = shape
+        if not planar:
+            shape = (batch, height, width, channels)
+        self.images = _memory(torch.uint8, (count, *shape), shared)
+        if not planar:
+            self.images = self.images.permute(0, 1, 4, 2, 3)
+        self.targets = _memory(torch.int8, (count, batch, targets), shared)
+
+    def of(self, share: _Share) -> tuple[Tensor, Tensor]:
+        """The images and targets of a share: views of memory that a later step uses again."""
+        slot, size = share.step % len(self.images), len(share.indices)
+        return self.images[slot, :size], self.targets[slot, :size]
+
+
+def _memory(dtype: torch.dtype, shape: tuple[int, ...], shared: bool) -> Tensor:
+    if not shared:
+        return torch.empty(shape, dtype=dtype)
+    size = int(np.prod(shape))
+    if SHARED_MEMORY.is_dir() and size > (free := shutil.disk_usage(SHARED_MEMORY).free):
+        # It is taken when it is touched: a worker would be killed in the middle of an epoch.
+        raise UsageError(
+            f"the loader needs {size / 1e6:,.0f} MB of shared memory and {SHARED_MEMORY} has "
+            f"{free / 1e6:,.0f}: fewer --workers, a smaller --batch-size, or for a container a "
+            f"larger --shm-size"
+        )
+    storage = torch.UntypedStorage._new_shared(size, device="cpu")  # type: ignore[no-untyped-call]
+    return torch.empty(0, dtype=dtype).set_(storage).view(shape)
 
 
 @dataclass(eq=False)
-class _Samples(Dataset[tuple[Tensor, Tensor] | DataError]):
+class _Samples(Dataset[DataError | None]):
+    """Fills the slots."""
+
     annotations: Annotations
-    image_size: int
+    slots: _Slots
     seed: int
     augment: str
-    planar: bool  # channels apart, as warps and look-ups want them
     cache: ImageCache | None
     skip: bool
     max_pixels: int
@@ -192,39 +273,34 @@ class _Samples(Dataset[tuple[Tensor, Tensor] | DataError]):
     def __len__(self) -> int:
         return len(self.annotations)
 
-    def __getitems__(self, keys: list[Key]) -> tuple[Tensor, Tensor] | DataError:
-        # In a worker both lie in memory that the main process shares: filled here, never copied.
-        images = _empty(torch.uint8, len(keys), 3, self.image_size, self.image_size)
-        if not self.planar:
-            # As decoders and models have it: to part the channels is a fifth of the work.
-            images = images.view(len(keys), self.image_size, self.image_size, 3).permute(0, 3, 1, 2)
-        targets = _empty(torch.int8, len(keys), self.annotations.num_classes)
-        [epoch] = {epoch for epoch, _ in keys}
-        numbers = draw(self.augment, self.seed, epoch, [index for _, index in keys])
-        raw = torch.empty(3, self.image_size, self.image_size, dtype=torch.uint8)
+    def __getitem__(self, share: _Share) -> DataError | None:
+        images, targets = self.slots.of(share)
+        raw = torch.empty(images.shape[1:], dtype=torch.uint8)
+        numbers = draw(self.augment, self.seed, share.epoch, share.indices)
         try:
-            for image, target, key, number in zip(images, targets, keys, numbers, strict=True):
+            for image, target, index, number in zip(
+                images, targets, share.indices.tolist(), numbers, strict=True
+            ):
                 augmented = number.any()
-                row = self._read(key, raw if augmented else image)
+                row = self._read(share.epoch, index, raw if augmented else image)
                 target.copy_(torch.from_numpy(self.annotations.labels(row)))
                 if augmented:
                     apply(raw, number, out=image)
         except DataError as error:
             # Returned, not raised: an exception that crosses processes becomes a printed traceback.
             return error
-        return images, targets
+        return None
 
-    def _read(self, key: Key, image: Tensor) -> int:
-        """Fill `image` with that of `key`, or the one that replaces it; returns its row."""
-        row = key[1]
-        others: Sequence[int] = ()
+    def _read(self, epoch: int, row: int, image: Tensor) -> int:
+        """Fill `image` with that of `row`, or the one that replaces it; returns its row."""
+        wanted, others = row, list[int]()
         for attempt in range(100):
             try:
                 if self.cache is not None:
                     self.cache.read(row, image)
                 else:
                     path = self.annotations.path(row)
-                    squish(read_image(path, self.max_pixels), self.image_size, out=image)
+                    squish(read_image(path, self.max_pixels), image.shape[-1], out=image)
                 return row
             except DataError as error:
                 if not self.skip:
@@ -237,19 +313,10 @@ class _Samples(Dataset[tuple[Tensor, Tensor] | DataError]):
                         f"{error}"
                     ) from None
                 if not others:
-                    random = np.random.default_rng([self.seed, *key])
+                    random = np.random.default_rng([self.seed, epoch, wanted])
                     others = random.integers(len(self), size=100).tolist()
                 row = others[attempt]
         raise AssertionError("a hundred images drawn at random, and not one of 99 % that is good")
-
-
-def _empty(dtype: torch.dtype, *shape: int) -> Tensor:
-    if torch.utils.data.get_worker_info() is None:
-        return torch.empty(shape, dtype=dtype)
-    storage = torch.UntypedStorage._new_shared(  # type: ignore[no-untyped-call]
-        int(np.prod(shape)), device="cpu"
-    )
-    return torch.empty(0, dtype=dtype).set_(storage).view(shape)
 
 
 def _as_is(batch: object) -> object:
