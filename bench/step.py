@@ -81,15 +81,19 @@ def training(model: nn.Module, amp: str = "off") -> Training:
     return Training(model, create_loss(config), config, steps_per_epoch=1000, device=CPU)
 
 
-def seconds(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """The CPU seconds of each of the runs, which take turns for so many rounds after one."""
+def seconds(
+    runs: Mapping[str, Callable[[], object]],
+    rounds: int,
+    clock: Callable[[], float] = time.process_time,
+) -> dict[str, list[float]]:
+    """The seconds of each of the runs, which take turns for so many rounds after one."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
         for name, run in runs.items():
-            start = time.process_time()
+            start = clock()
             run()
             if turn > 0:
-                times[name].append(time.process_time() - start)
+                times[name].append(clock() - start)
     return times
 
 

@@ -159,6 +159,7 @@ def test_an_absolute_path_inside_the_folder_is_taken(tmp_path):
         ("image_path;cat\na.jpg;1\n", "no column path or .* image, only: image_path;cat"),
         ("path,cat\na.jpg,1\nb.jpg,1,0\n", "row 3 has 3 cells, not 2"),
         ('path,cat\na.jpg,1\n"b.jpg,1\n', "line 3: unexpected end of data"),
+        ('"path,cat\na.jpg,1\n"', r"the name of a column has several lines: 'path,cat\\na"),
         ("path,cat,cat\na.jpg,1,1\n", "column cat is there twice"),
         ("", "empty CSV"),
         ("path,cat\n", "has no rows"),

@@ -108,6 +108,9 @@ def read_text(path: Path) -> pl.DataFrame:
         if not parquet:
             _check_rows(path)
         raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    for name in frame.columns:
+        if len(name.splitlines()) > 1:  # most likely a quotation mark that nothing closes
+            raise DataError(f"{path}: the name of a column has several lines: {name[:80]!r}")
     place = pl.format("{}: row {}", pl.lit(str(path)), pl.row_index() + (1 if parquet else 2))
     blank = pl.all_horizontal(pl.all().is_null())
     frame = frame.with_columns(place.alias(PLACE)).filter(~frame.select(blank).to_series())
