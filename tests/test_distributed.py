@@ -87,8 +87,8 @@ def jobs(ranks):
 class Torchrun:
     """A torchrun of N ranks, whose output goes to files: a pipe that is not read would fill."""
 
-    def __init__(self, ranks, *words, restarts=0):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    def __init__(self, ranks, *words, restarts=0, machines=("--standalone",)):
+        command = [sys.executable, "-m", "torch.distributed.run", *machines]
         command += [f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
         self.out, self.err = (tempfile.TemporaryFile("w+") for _ in range(2))  # noqa: SIM115
         self.process = subprocess.Popen(
@@ -313,6 +313,28 @@ def test_a_run_of_two_ranks_is_what_one_process_would_have_made_of_it(killed, wo
     alone = checkpoint.load(world / "alone/last.pt")
     weights = [list(each["regular"].values()) for each in (state, alone)]
     assert norm_of_difference(*weights) < 1e-4
+
+
+def test_a_rank_that_is_killed_on_one_machine_is_restarted_with_those_of_the_other(world):
+    folder = world / "machines"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    machines = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}")
+    with chdir(world):
+        words = (REPOSITORY / "train.py", *LONG[1:], "data", "--output", "machines")
+        both = [Torchrun(1, *words, restarts=1, machines=machines) for _ in range(2)]
+        wait_until(lambda: steps_of(folder) >= 3, both[0].process)
+        owner = int(re.search(r"pid (\d+)", (folder / ".lock").read_text())[1])
+        [other] = [one for one in both if ranks_of(one.process) != [owner]]
+        os.kill(*ranks_of(other.process), signal.SIGKILL)
+        wait_until(lambda: f"pid {owner} " not in (folder / ".lock").read_text(), both[0].process)
+        goal = steps_of(folder) + 3
+        wait_until(lambda: steps_of(folder) >= goal, both[0].process)
+        for one in both:
+            one.process.terminate()
+        errors = [one.end()[2] for one in both]
+    assert sum(text.count("error: stopped by SIGTERM") for text in errors) == 1
 
 
 def test_one_rank_of_torchrun_is_a_process_like_any_other(monkeypatch):

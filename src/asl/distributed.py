@@ -5,15 +5,17 @@ A process that torchrun did not start is alone: it is rank 0 of 1, and everythin
 
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 
 
 @contextmanager
@@ -33,11 +35,12 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     store, number, count = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
-    if os.environ.get("LOCAL_WORLD_SIZE", "1") == str(count):
-        # A restart shares the store of addresses with what it replaces, and could find those of the
-        # dead. (Of several machines each counts its own restarts.)
-        store = dist.PrefixStore(f"start {restarts()}", store)  # type: ignore[attr-defined]
+    store = _store_of_this_start(store, number, count)
     dist.init_process_group(backend, store=store, rank=number, world_size=count)
+    # Of several machines each counts the restarts that were its own fault.
+    most = torch.tensor(restarts())
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    os.environ[RESTARTS] = str(int(most))
     try:
         yield device
     except RuntimeError:
@@ -48,6 +51,29 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
     # Not after an exception: the others may wait in a collective that this process will not join,
     # and would never answer. torchrun ends them.
     dist.destroy_process_group()
+
+
+def _store_of_this_start(store: Any, number: int, count: int) -> Any:
+    """A part of the `store` of addresses for the processes that live now, all `count` of them.
+
+    torchrun keeps one store over its restarts, in which a process would find addresses of the dead.
+    Rank 0 names the part. Each other rank calls it with a word of its own, is told the name, and
+    confirms: that no dead process does.
+    """
+    name, own = uuid.uuid4().hex, uuid.uuid4().hex
+    if number > 0:
+        store.set(f"call {number}", own)
+        name = store.get(f"answer {own}").decode()
+        store.set(f"{own} in {name}", "")
+    else:
+        for other in range(1, count):
+            confirmed = False
+            while not confirmed:
+                word = store.get(f"call {other}").decode()
+                store.set(f"answer {word}", name)
+                time.sleep(0.01)
+                confirmed = store.check([f"{word} in {name}"])
+    return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
 
 
 def rank() -> int:
@@ -70,8 +96,8 @@ def torchrun_name() -> str:
 
 
 def restarts() -> int:
-    """How often torchrun has started this process anew after a failure (`--max-restarts`)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    """How often torchrun has started these processes anew after a failure (`--max-restarts`)."""
+    return int(os.environ.get(RESTARTS, "0"))
 
 
 def summed(tensor: Tensor) -> Tensor:
