@@ -21,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from torchvision import transforms
 
 from asl.data.annotations import Annotations
 from asl.data.augment import apply, draw
-from asl.data.image_cache import open_image_cache
+from asl.data.image_cache import ImageCache, open_image_cache
 from asl.data.images import find_images, read_image, squish
 from asl.data.loader import Batches
 from asl.data.shapes import draw_shapes
@@ -131,9 +131,8 @@ def exhaust(batches: Batches, epochs: Iterator[int]) -> None:
         pass
 
 
-def pipelines(annotations: Annotations, size: int, cache_dir: Path) -> dict[str, Any]:
+def pipelines(annotations: Annotations, size: int, cache: ImageCache) -> dict[str, Any]:
     """What is compared: everything from files to batches, in this process."""
-    cache = open_image_cache(cache_dir, annotations, size, workers=1)
     epochs = count()
 
     def ours(**more: Any) -> Callable[[], None]:
@@ -158,8 +157,10 @@ def pipelines(annotations: Annotations, size: int, cache_dir: Path) -> dict[str,
     }
 
 
-def stages(annotations: Annotations, size: int, rounds: int) -> list[tuple[str, float, float]]:
-    """Milliseconds per image of each stage, conventional and here."""
+def stages(
+    annotations: Annotations, size: int, cache: ImageCache, rounds: int
+) -> dict[str, list[float]]:
+    """Milliseconds per image of each stage, conventional, if there is such a one, and here."""
     paths = [annotations.path(i) for i in range(len(annotations))]
     opened = [Image.open(path).convert("RGB") for path in paths]
     resized = [image.resize((size, size), Image.Resampling.BILINEAR) for image in opened]
@@ -169,10 +170,12 @@ def stages(annotations: Annotations, size: int, rounds: int) -> list[tuple[str, 
     numbers = draw("recipe", 0, 0, range(len(paths)))
     resize = transforms.Resize((size, size))
 
-    def each(action: Callable[..., object], *lists: Sequence[Any]) -> Callable[[], None]:
+    batch = torch.empty(BATCH, 3, size, size, dtype=torch.uint8)
+
+    def each(action: Callable[..., object], *lists: Iterable[Any]) -> Callable[[], None]:
         return lambda: [action(*items) for items in zip(*lists, strict=True)] and None
 
-    pairs = {
+    pairs: dict[str, tuple[Callable[[], object], ...]] = {
         "read and decode": (
             each(lambda path: Image.open(path).convert("RGB"), paths),
             each(read_image, paths),
@@ -183,25 +186,20 @@ def stages(annotations: Annotations, size: int, rounds: int) -> list[tuple[str, 
             lambda: default_collate([transforms.functional.to_tensor(i) for i in resized]),
             each(slot.copy_, squished),
         ),
+        "read from the cache": (each(lambda row: cache.read(row, slot), range(len(paths))),),
+        "out of the loader's memory": (each(lambda _: batch.clone(), range(len(paths) // BATCH)),),
     }
-    rows = []
-    for name, (theirs, own) in pairs.items():
-        taken = seconds({"theirs": theirs, "own": own}, rounds)
-        per_image = [1000 * statistics.median(t) / len(paths) for t in taken.values()]
-        rows.append((name, *per_image))
+    rows = {}
+    for name, both in pairs.items():
+        taken = seconds({str(i): run for i, run in enumerate(both)}, rounds)
+        rows[name] = [1000 * statistics.median(times) / len(paths) for times in taken.values()]
     return rows
 
 
 def scaling(
-    annotations: Annotations, size: int, cache_dir: Path, workers: Sequence[int], rounds: int
+    annotations: Annotations, size: int, cache: ImageCache, workers: Sequence[int], rounds: int
 ) -> None:
     """Print images/s, of wall clock, of training batches by number of worker processes."""
-    # Batches come in new memory. For a GPU that is pinned, of which PyTorch keeps what was freed;
-    # here glibc is to do the same, or mapping it anew would be measured.
-    libc = ctypes.CDLL(None)
-    for parameter, value in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**30)):
-        libc.mallopt(parameter, value)
-    cache = open_image_cache(cache_dir, annotations, size, workers=1)
     sources = {
         "from files": {},
         "from the cache": {"cache": cache},
@@ -235,6 +233,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="*", help="measure these numbers of workers")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
+    # Batches come in new memory. For a GPU that is pinned, of which PyTorch keeps what was freed;
+    # glibc is to do so too, or it would be chance how often memory is mapped anew.
+    if sys.platform == "linux":
+        for parameter, value in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**30)):
+            ctypes.CDLL(None).mallopt(parameter, value)
     random.seed(0)
     with tempfile.TemporaryDirectory() as scratch:
         folder = chosen.folder or os.environ.get("ASL_VOC_ROOT")
@@ -246,10 +249,11 @@ def main() -> None:
             root, names[: chosen.images], [f"class {i}" for i in range(CLASSES)]
         )
         print(f"{len(annotations)} images of {folder}, {chosen.size} px, torch {torch.__version__}")
+        cache = open_image_cache(Path(scratch), annotations, chosen.size, workers=1)
         if chosen.workers:
-            scaling(annotations, chosen.size, Path(scratch), chosen.workers, chosen.rounds)
+            scaling(annotations, chosen.size, cache, chosen.workers, chosen.rounds)
             return
-        runs = pipelines(annotations, chosen.size, Path(scratch))
+        runs = pipelines(annotations, chosen.size, cache)
         taken = seconds(runs, chosen.rounds)
         print(
             "\n| one core | images/s | ms per image | times conventional |"
@@ -260,11 +264,9 @@ def main() -> None:
             ms = 1000 * statistics.median(times) / len(annotations)
             gain = ratio(times, taken[base])
             print(f"| {name} | {1000 / ms:.0f} | {ms:.2f} | {gain:.1f} |")
-        print(
-            "\n| stage, ms per image | conventional | here | ratio |\n| --- | ---: | ---: | ---: |"
-        )
-        for name, theirs, own in stages(annotations, chosen.size, chosen.rounds):
-            print(f"| {name} | {theirs:.2f} | {own:.2f} | {theirs / own:.1f} |")
+        print("\n| stage, ms per image | conventional | here |\n| --- | ---: | ---: |")
+        for name, both in stages(annotations, chosen.size, cache, chosen.rounds).items():
+            print(f"| {name} |{' |' * (2 - len(both))} {' | '.join(f'{ms:.2f}' for ms in both)} |")
         pixels = 3 * chosen.size**2
         here = pixels + CLASSES + 4 * np.prod(draw("recipe", 0, 0, [0]).shape)
         print(
