@@ -55,9 +55,9 @@ class Batches:
     one; otherwise they are dealt whole batches, each made as one process would. All ranks see as
     many batches: one without a share of the last gets a single image, and no target.
 
-    Workers fill shared memory of 2 `workers` + 1 batches, over and over; what comes out is a copy,
-    with `pin_memory` one from which a GPU can fetch while the host goes on. `UsageError` if the
-    machine has less.
+    Workers fill shared memory of 2 `workers` + 1 batches over and over; `UsageError` if there is
+    less of it. What comes out is a copy, with `pin_memory` one that a GPU can fetch while the host
+    goes on.
 
     With `bad_images` "skip", an image that cannot be read is replaced by another, drawn by (`seed`,
     epoch, index), and named in a warning when the epoch ends.
@@ -83,8 +83,8 @@ class Batches:
         self._order = _Order(len(annotations), batch_size, shuffle, seed)
         workers = min(default_workers() if workers is None else workers, self._order.steps)
         self._slots = _Slots(
-            # When a batch comes, another is asked for: one more than are under way are in use.
-            count=workers * PREFETCH + 1,
+            # Another batch is asked for when one comes, which has yet to be copied.
+            count=min(workers * PREFETCH + 1, self._order.steps),
             shape=(self._order.largest, 3, image_size, image_size),
             targets=annotations.num_classes,
             # Warps and look-ups want the channels apart. Decoders and models do not: to part them
@@ -146,7 +146,7 @@ class Batches:
 
     def _stop(self) -> None:
         iterator = self._loader._iterator
-        if iterator is not None and self._loader.num_workers:
+        if iterator is not None:
             iterator._shutdown_workers()  # type: ignore[attr-defined]
 
     def _report_unreadable(self) -> None:
