@@ -40,6 +40,7 @@ def test_dashes_underscores_and_official_names_mean_the_same():
         ("- lr", "`setting: value`"),
         ("lr: [1", "not YAML"),
         ("lr: ${nothing}", "nothing"),
+        (r'"lr\nepochs": 2', "lr epochs: Key 'lr"),
     ],
 )
 def test_a_wrong_recipe_is_refused_with_its_name_and_the_reason(text, message, tmp_path):

@@ -13,25 +13,32 @@ from pathlib import Path
 from typing import NoReturn
 
 
-class UsageError(Exception):
+class _OfOneLine(Exception):
+    """Names that stand in files may have line breaks: in a message they are spaces."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))
+
+
+class UsageError(_OfOneLine):
     """A wrong option, recipe or combination of them: the scripts exit with 2."""
 
     exit_code = 2
 
 
-class DataError(Exception):
+class DataError(_OfOneLine):
     """Something wrong with what was read (data set, image, checkpoint): the scripts exit with 1."""
 
     exit_code = 1
 
 
-class TrainingError(Exception):
+class TrainingError(_OfOneLine):
     """A run that cannot go on, such as one whose loss is not finite: the scripts exit with 1."""
 
     exit_code = 1
 
 
-class Interrupted(Exception):
+class Interrupted(_OfOneLine):
     """A run that a signal ended after its state was saved: 128 + the signal's number, as shells."""
 
     def __init__(self, number: int, message: str) -> None:
