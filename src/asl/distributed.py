@@ -25,9 +25,24 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
     That is `device`, or on a machine with several GPUs the one of this process. Tensors on GPUs
     travel by NCCL, those on the host by gloo. Nested blocks are one.
     """
-    if not torchrun_name() or _joined():
+    if not torchrun_name():
         yield device
         return
+    outermost = not _joined()
+    try:
+        yield _join(device) if outermost else device
+    except RuntimeError:
+        # So ends a collective when another rank is gone. torchrun gives the reason of the rank that
+        # it sees fail first, and ends the others: here, without a word.
+        time.sleep(10)
+        raise
+    # Not after an exception: the others may wait in a collective that this process will not join,
+    # and would never answer. torchrun ends them.
+    if outermost:
+        dist.destroy_process_group()
+
+
+def _join(device: torch.device) -> torch.device:
     backend = "gloo"
     if device.type == "cuda":
         if device.index is None:
@@ -41,16 +56,7 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
     most = torch.tensor(restarts())
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     os.environ[RESTARTS] = str(int(most))
-    try:
-        yield device
-    except RuntimeError:
-        # So ends a collective when another rank is gone. torchrun gives the reason of the rank that
-        # it sees fail first, and ends the others: here, without a word.
-        time.sleep(10)
-        raise
-    # Not after an exception: the others may wait in a collective that this process will not join,
-    # and would never answer. torchrun ends them.
-    dist.destroy_process_group()
+    return device
 
 
 def _store_of_this_start(store: Any, number: int, count: int) -> Any:
