@@ -10,8 +10,10 @@ from asl.data.shapes import draw_shapes
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
-# Tests run side by side: more threads would only get into each other's way.
+# Tests run side by side: more threads would only get into each other's way. And the processes that
+# a test starts round as it does.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -123,6 +123,17 @@ def test_a_run_that_goes_on_after_a_signal_equals_one_without(
     assert_same(tmp_path, whole_run)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="files that are mapped: Linux")
+def test_a_run_that_goes_on_keeps_no_room_for_the_checkpoint_it_came_from(small_shapes, tmp_path):
+    config, maps = settings(small_shapes, tmp_path, **EVERYTHING), []
+    with before(2, Training, "step", send(signal.SIGTERM)), pytest.raises(Interrupted):
+        fit(config)
+    look = lambda: maps.append(Path("/proc/self/maps").read_text())  # noqa: E731
+    with before(1, Training, "load_state_dict", look), before(1, Training, "step", look):
+        fit(replace(config, resume="last"))
+    assert [f"{tmp_path}/last.pt" in each for each in maps] == [True, False]
+
+
 def test_a_signal_during_validation_costs_no_step(plain_run, small_shapes, tmp_path):
     config = settings(small_shapes, tmp_path)
     with before(2, engine, "score", send(signal.SIGTERM)), pytest.raises(Interrupted):

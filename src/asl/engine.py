@@ -174,10 +174,10 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any], weights: dict[str, dict[str, Tensor]]) -> None:
-        """Go on from what `state_dict` and `weights` returned."""
+        """Go on from a copy of what `state_dict` and `weights` returned."""
         self.model.load_state_dict(weights["regular"])
         self.ema.module.load_state_dict(weights["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(deepcopy(state["optimizer"]))
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         self.loss.load_state_dict(state["loss"])
@@ -257,7 +257,7 @@ def _fit(config: Config, device: torch.device) -> Path:
     val_set = _annotations(config, "val", train_set.classes)
     run = Run(config)
     torch.manual_seed(config.seed)
-    fresh = config if run.kept is None else replace(config, model_path="", pretrained=False)
+    fresh = replace(config, model_path="", pretrained=False) if run.resumed else config
     model = _on(device, _new_model(fresh, train_set.num_classes))
     _check_size(model, config)
     if config.sync_bn:
@@ -280,16 +280,17 @@ def _fit(config: Config, device: torch.device) -> Path:
     training = Training(model, loss, config, len(batches), device)
     first_epoch, losses = 0, list[Tensor]()
     if run.kept is not None:
-        first_epoch, losses = run.kept["epoch"], list(run.kept["losses"].to(device))
+        first_epoch, losses = run.kept["epoch"], list(run.kept["losses"].to(device, copy=True))
         try:
             training.load_state_dict(run.kept["training"], run.kept)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"{run.last}: this run cannot go on from it: {reason}") from error
+        run.kept = None  # its file is mapped: as long as that is so, a disk has no room for others
     last_epoch = min(config.stop_epoch, config.epochs)
 
     with run.owned(train_set.classes), Interrupts() as interrupts:
-        if run.kept is not None:
+        if run.resumed:
             run.write_log(training)
         for epoch in range(first_epoch, last_epoch):
             try:

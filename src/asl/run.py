@@ -63,6 +63,7 @@ class Run:
         self.config, self.folder = config, run_folder(config)
         self.last, self.best = self.folder / "last.pt", self.folder / "best.pt"
         self.kept = self._kept()
+        self.resumed = self.kept is not None
         self.history: list[dict[str, float]] = self.kept["history"] if self.kept else []
         self._classes: Sequence[str] = ()
         self._saved_at = time.monotonic()
@@ -107,7 +108,7 @@ class Run:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(_locked(self.folder / ".lock"))
                 stale = list(self.folder.glob(".*.part"))  # what a killed run was writing
-                if self.kept is None:
+                if not self.resumed:
                     stale += [self.last, self.best, self.folder / "metrics.jsonl"]
                 for path in stale:
                     path.unlink(missing_ok=True)
