@@ -178,7 +178,7 @@ def test_a_table_that_is_not_utf_8_or_not_parquet_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"t.csv: line 3 is not UTF-8"):
         table(tmp_path / "t.csv", "train")
     write(tmp_path / "t.parquet", "path,labels\n")
-    with pytest.raises(DataError, match=r"t.parquet cannot be read: parquet"):
+    with pytest.raises(DataError, match=r"t.parquet cannot be read: Parquet magic bytes"):
         table(tmp_path / "t.parquet", "train")
 
 
