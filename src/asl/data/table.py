@@ -127,7 +127,7 @@ def _read_parquet(path: Path) -> pl.DataFrame:
             arrow.validate(full=True)
             frame = pl.DataFrame(arrow)
         except (ArrowException, OSError, UnicodeError, PolarsError, PanicException) as error:
-            raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+            raise DataError(f"{path} cannot be read: {error}") from None
     return frame.with_columns(by_dtype(pl.Categorical, pl.Enum).cast(pl.String))
 
 
