@@ -93,7 +93,6 @@ class Torchrun:
         self.out, self.err = (tempfile.TemporaryFile("w+") for _ in range(2))  # noqa: SIM115
         self.process = subprocess.Popen(
             [*command, *map(str, words)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=self.out,
             stderr=self.err,
         )

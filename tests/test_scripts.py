@@ -1,7 +1,6 @@
 """train.py, validate.py and infer.py as a user runs them: real processes on real files."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -22,9 +21,7 @@ SMALL = (
 
 def run(script, *arguments, cwd, code=0):
     """Run a script to its end; returns what it printed (stdout, stderr)."""
-    done = subprocess.run(
-        command(script, *arguments), cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True
-    )
+    done = subprocess.run(command(script, *arguments), cwd=cwd, capture_output=True, text=True)
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout, done.stderr
@@ -37,9 +34,6 @@ def command(script, *arguments):
 def width_of(picture):
     with Image.open(picture) as opened:
         return opened.width
-
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +106,7 @@ def test_inference_on_an_image_and_on_a_folder_give_the_same_labels(trained, sma
 
 def test_ctrl_c_leaves_a_run_that_resume_completes(small_shapes, tmp_path):
     arguments = ("train.py", small_shapes, "--epochs", 50, "--output", "run", *SMALL)
-    process = subprocess.Popen(
-        command(*arguments), cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(command(*arguments), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "run/metrics.jsonl").exists():
         assert process.poll() is None
         time.sleep(0.05)
