@@ -15,7 +15,7 @@ from asl.errors import reported
 
 def load(path: str) -> dict[str, Any]:
     """Read a checkpoint; torch is imported here and not for `--help`."""
-    from asl import checkpoint
+    from asl.models import checkpoint
 
     return checkpoint.load(path)
 

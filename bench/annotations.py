@@ -23,8 +23,8 @@ os.environ["POLARS_MAX_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import numpy as np
 
-from asl.data import read
 from asl.data.annotations import Annotations
+from asl.data.readers import read
 
 COCO_IMAGES, COCO_OBJECTS, COCO_CLASSES = 82_081, 604_907, 80
 OPEN_IMAGES, OPEN_LABELS, OPEN_CLASSES = 9_000_000, 60_000_000, 9_605

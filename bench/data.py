@@ -36,11 +36,11 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import transforms
 
 from asl.data.annotations import Annotations
-from asl.data.augment import apply, draw
-from asl.data.image_cache import ImageCache, open_image_cache
-from asl.data.images import find_images, read_image, squish
-from asl.data.loader import Batches
-from asl.data.shapes import draw_shapes
+from asl.data.readers.shapes import draw_shapes
+from asl.images.augment import apply, draw
+from asl.images.cache import ImageCache, open_image_cache
+from asl.images.decode import find_images, read_image, squish
+from asl.images.loader import Batches
 
 CLASSES, BATCH = 80, 32
 GREY = (128, 128, 128)

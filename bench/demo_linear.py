@@ -18,8 +18,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 
-from asl.data import read
-from asl.data.images import read_image, squish
+from asl.data.readers import read
+from asl.images.decode import read_image, squish
 
 SIDE = 32
 

@@ -22,7 +22,7 @@ import torch
 from step import ratio, seconds
 from torch import Tensor, nn
 
-from asl.models import create_model, fold_batchnorm
+from asl.models.build import create_model, fold_batchnorm
 
 
 def variants(model: nn.Module, images: Tensor, compiled: bool) -> dict[str, Callable[[], Tensor]]:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from asl.config import Config
 from asl.engine import Training, create_loss
-from asl.models import create_model
+from asl.models.build import create_model
 
 CLASSES = 80
 DECAY = 0.9997

@@ -15,13 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import numpy as np
 import torch
 
-from asl import checkpoint
-from asl.data import read
 from asl.data.annotations import PRESENT, UNANNOTATED, without_missing
-from asl.data.loader import Batches
 from asl.data.partial import simulate
+from asl.data.readers import read
 from asl.engine import preparation, score
-from asl.models import load_model
+from asl.images.loader import Batches
+from asl.models import checkpoint
+from asl.models.build import load_model
 
 PER_IMAGE = (0.25, 0.5, 1, 2, 5)
 

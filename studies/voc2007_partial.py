@@ -22,11 +22,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from asl import checkpoint
 from asl.atomic import replacing
 from asl.config import Config, read_recipe
-from asl.data import read
-from asl.prior import read_prior
+from asl.data.prior import read_prior
+from asl.data.readers import read
+from asl.models import checkpoint
 from asl.report import frequencies_text
 
 ROOT = Path(__file__).resolve().parents[1]

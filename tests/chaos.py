@@ -42,9 +42,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from asl import checkpoint, engine
+from asl import engine
 from asl.config import read_recipe
-from asl.data.shapes import draw_shapes
+from asl.data.readers.shapes import draw_shapes
+from asl.models import checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PHASES = ("start-up", "training", "validation", "writing a checkpoint")

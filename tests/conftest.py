@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from asl.data.shapes import draw_shapes
+from asl.data.readers.shapes import draw_shapes
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -39,14 +39,14 @@ from hypothesis.errors import InvalidArgument
 from PIL import Image
 from safetensors.torch import save as safetensors_bytes
 
-from asl import checkpoint
 from asl.config import Config, read_recipe
-from asl.data import read
 from asl.data.annotations import Annotations
 from asl.data.classes import read_descriptions
-from asl.data.images import read_image
+from asl.data.prior import read_prior
+from asl.data.readers import read
 from asl.errors import DataError, UsageError
-from asl.prior import read_prior
+from asl.images.decode import read_image
+from asl.models import checkpoint
 
 Files = dict[str, bytes]
 SECONDS_PER_CASE = 60

@@ -7,7 +7,7 @@ import chaos
 import pytest
 import torch
 
-from asl import checkpoint
+from asl.models import checkpoint
 
 
 def test_runs_survive_kills_and_a_full_disk(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from asl import checkpoint
+from asl.models import checkpoint
 
 REPOSITORY = Path(__file__).parent.parent
 SMALL = (

@@ -18,17 +18,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from asl import checkpoint, report
-from asl.adaptive import AdaptiveAsymmetry
+from asl import report
 from asl.config import RESUME_LAST, Config
-from asl.data import default_split, read
 from asl.data.annotations import UNANNOTATED, Annotations, without_missing
-from asl.data.augment_device import apply_batch
 from asl.data.classes import match_classes, read_descriptions
-from asl.data.image_cache import open_image_cache
-from asl.data.images import find_images
-from asl.data.loader import Batch, Batches, default_workers
 from asl.data.partial import simulate
+from asl.data.prior import RunningPrior, read_prior, write_prior
+from asl.data.readers import default_split, read
 from asl.distributed import (
     broadcast_buffers,
     from_rank_0,
@@ -39,12 +35,17 @@ from asl.distributed import (
     world_size,
 )
 from asl.errors import DataError, Interrupted, TrainingError, UsageError
-from asl.interrupts import Interrupts
+from asl.images.augment_device import apply_batch
+from asl.images.cache import open_image_cache
+from asl.images.decode import find_images
+from asl.images.loader import Batch, Batches, default_workers
 from asl.losses import AsymmetricLoss, AsymmetricLossOptimized, PartialSelectiveLoss
 from asl.metrics import Protocol, evaluate_scores, f1_scores, mean_average_precision
-from asl.models import create_model, fold_batchnorm, load_model, normalization
-from asl.prior import RunningPrior, read_prior, write_prior
-from asl.run import Run, provenance, run_folder
+from asl.models import checkpoint
+from asl.models.build import create_model, fold_batchnorm, load_model, normalization
+from asl.training.adaptive import AdaptiveAsymmetry
+from asl.training.interrupts import Interrupts
+from asl.training.run import Run, provenance, run_folder
 
 T = TypeVar("T")
 ESTIMATE = "estimate"  # `prior_path` where the prior is to be estimated first

@@ -21,13 +21,13 @@ from torch import nn
 from tqdm import tqdm
 
 from asl.atomic import replacing
-from asl.data import READERS, default_split, read
 from asl.data.annotations import ABSENT, PRESENT, Annotations
-from asl.data.images import read_image
 from asl.data.partial import simulate
+from asl.data.prior import read_prior
+from asl.data.readers import READERS, default_split, read
 from asl.errors import UsageError, reported
+from asl.images.decode import read_image
 from asl.losses import AsymmetricLoss, PartialSelectiveLoss
-from asl.prior import read_prior
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,8 +7,8 @@ import numpy as np
 import tyro
 
 from asl import report
-from asl.data import read, splits
 from asl.data.annotations import ABSENT, PRESENT, UNANNOTATED, Annotations, files_exist
+from asl.data.readers import read, splits
 from asl.errors import reported
 
 EXTREMES = 5

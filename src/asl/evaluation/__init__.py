@@ -1,0 +1,1 @@
+"""Scores of a model and what follows from them: figures, labels, pictures, text."""

@@ -1,0 +1,93 @@
+"""What validate.py and infer.py can be told."""
+
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal
+
+import tyro
+from pydantic import Field
+
+from asl.config import Config, OptionalInt, Settings
+from asl.data.settings import DataSettings, LabelSettings
+from asl.images.settings import ImageSettings
+from asl.models.settings import DeviceSettings, TrainedModelSettings
+
+Threshold = Annotated[float, tyro.conf.arg(aliases=("--thre", "--th"))]
+# What a checkpoint knows of the model that its weights are for.
+OF_THE_MODEL = ("model_name", "head", "image_size")
+
+
+class FigureSettings(Settings):
+    """How the labels of an epoch or a checkpoint are judged."""
+
+    threshold: Threshold = Field(
+        0.8, ge=0, le=1, description="score above which a label counts as predicted"
+    )
+
+
+class ResultSettings(FigureSettings):
+    """What becomes of scores."""
+
+    top_k: OptionalInt = Field(
+        None,
+        ge=1,
+        description="labels per image; default: 3 in the top-k figures, 10 in infer.py",
+    )
+    class_descriptions: str = Field(
+        "", description="openimages: CSV of class ids and names, to show names"
+    )
+    json_file: Annotated[str, tyro.conf.arg(aliases=("--json",))] = Field(
+        "", description="also write the result to this file"
+    )
+
+
+class MeasureSettings(ResultSettings):
+    """What a checkpoint is measured for."""
+
+    estimate_prior: str = Field(
+        "",
+        description="write the mean score of each class over the training split to this CSV",
+    )
+    config: str = Field("", description="recipe: a YAML file of settings")
+
+
+class PictureSettings(ResultSettings):
+    """What is labelled, and how that is shown."""
+
+    pic_path: str = Field("", description="an image or a folder of images")
+    draw: bool = Field(True, description="draw every image beside its labels")
+    output: str = Field("", description="folder of the pictures; default: predictions")
+    dataset_type: Literal["MS-COCO", "NUS-WIDE", "PASCAL-VOC", "OpenImages"] | None = Field(
+        None, description="of an official checkpoint: OpenImages has the bottleneck head"
+    )
+
+
+class ValidateConfig(Config):
+    """All settings of validate.py."""
+
+    from_checkpoint: ClassVar[Sequence[str]] = (
+        *OF_THE_MODEL,
+        *(name for name in DataSettings.model_fields),
+    )
+
+    data: DataSettings = DataSettings()
+    # From a recipe alone: they say which images the prior is estimated on.
+    labels: tyro.conf.Fixed[LabelSettings] = LabelSettings()
+    images: ImageSettings = ImageSettings()
+    model: TrainedModelSettings = TrainedModelSettings()
+    evaluation: MeasureSettings = MeasureSettings()
+    run: DeviceSettings = DeviceSettings()
+
+
+class _Uncached(ImageSettings):
+    cache_dir: tyro.conf.Fixed[str] = ""
+
+
+class InferConfig(Config):
+    """All settings of infer.py."""
+
+    from_checkpoint: ClassVar[Sequence[str]] = OF_THE_MODEL
+
+    images: ImageSettings = _Uncached()
+    model: TrainedModelSettings = TrainedModelSettings()
+    evaluation: PictureSettings = PictureSettings()
+    run: DeviceSettings = DeviceSettings()

@@ -1,0 +1,55 @@
+"""What can be said of a model: its architecture, its weights, where and how precisely it runs."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from asl.config import OptionalInt, Settings
+
+Head = Literal["linear", "bottleneck"]
+Weights = Literal["best", "ema", "regular"]
+
+
+class ModelSettings(Settings):
+    """Which model, and the file of its weights."""
+
+    model_name: str = Field(
+        "tresnet_m", description="any timm model; the papers': tresnet_m/l/xl/v2_l"
+    )
+    model_path: str = Field("", description="file of weights: official, timm's or this project's")
+    head: Head = Field(
+        "linear",
+        description="last layers: one linear, or the official Open Images one (512 wide)",
+    )
+    num_classes: OptionalInt = Field(
+        None,
+        ge=1,
+        description="an error if the data set or checkpoint has another number of classes",
+    )
+
+
+class NewModelSettings(ModelSettings):
+    """A model to train: from random weights, from a file, or from timm's hub."""
+
+    pretrained: bool = Field(
+        False, description="start from timm's ImageNet weights, fetched from its hub"
+    )
+
+
+class TrainedModelSettings(ModelSettings):
+    """A model to use."""
+
+    weights: Weights = Field(
+        "best",
+        description="which set of a checkpoint of train.py to use: averaged, regular, or the one "
+        "that was better when the checkpoint was written",
+    )
+
+
+class DeviceSettings(Settings):
+    """Where a model computes, and in what precision."""
+
+    device: str = Field("", description="cuda, cuda:1, mps, cpu; default: the first that is there")
+    amp: Literal["auto", "off", "bf16", "fp16"] = Field(
+        "auto", description="precision of the forward pass; auto: what is faster here"
+    )

@@ -1,0 +1,120 @@
+"""The prior file and the running mean of scores."""
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from asl.data.prior import RunningPrior, read_prior, write_prior
+from asl.errors import DataError, UsageError
+
+CLASSES = ("person", "sofa", "dining table", "dog, puppy")
+PRIOR = torch.tensor([0.55, 1 / 3, 0.0, 1e-7])
+
+
+def file(path, *rows, header="Classes,avg_pred"):
+    path.write_text("\n".join([header, *rows]) + "\n")
+    return path
+
+
+def test_what_is_written_is_read_back_to_the_bit(tmp_path):
+    path = tmp_path / "new" / "prior.csv"
+    write_prior(path, CLASSES, PRIOR.double())
+    assert path.read_text().splitlines()[:2] == ["Classes,avg_pred", "person,0.55"]
+    prior = read_prior(path, CLASSES)
+    assert prior.dtype == torch.float32
+    assert torch.equal(prior, PRIOR)
+
+
+def test_rows_are_matched_by_name_in_any_order(tmp_path):
+    rows = ["3,diningtable,0.3", "", "0,couch,0.2", "1,Person,1"]
+    path = file(tmp_path / "a.csv", *rows, header=",Classes,avg_pred")
+    np.testing.assert_allclose(read_prior(path, CLASSES[:3]), [1, 0.2, 0.3])
+
+
+@pytest.mark.parametrize("stray", [",0.1", "80,0.1", "80", ",", " ,x"])
+def test_a_last_row_without_a_class_is_ignored_and_said_so(tmp_path, stray, caplog):
+    path = file(tmp_path / "a.csv", "dog,0.5", "cat,0.25", stray)
+    assert read_prior(path, ["cat", "dog"]).tolist() == [0.25, 0.5]
+    assert f"{path}: row 4 has no class and is ignored: {stray}" in caplog.text
+
+
+def test_a_class_may_be_called_by_a_number(tmp_path):
+    path = file(tmp_path / "a.csv", "1,0.5", "2,0.25")
+    assert read_prior(path, ["1", "2"]).tolist() == [0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["cat,0.5"], "1 of 2 classes have no match: dog"),
+        (["cat,0.5", "fog,0.5"], "no match: dog .*fog"),
+        (["cat,0.5", "dog,0.5", "cow,0.1"], "row 4: 'cow' is not a class"),
+        (["cat,0.5", "dog,0.5", "cat,0.1"], "row 4: 'cat' is already in row 2"),
+        ([",0.5", "cat,0.5", "dog,0.5"], "row 2: '' is not a class"),
+        (["cat,half", "dog,0.5"], "row 2, cat: 'half' is not a number from 0 to 1"),
+        (["cat,0.5", "dog,"], "row 3, dog: '' is not a number"),
+        (["cat,0.5", "dog,nan"], "row 3, dog: 'nan' is not a number"),
+        (["cat,0.5", "dog,1.5"], "row 3, dog: '1.5' is not a number"),
+        (["cat,0.5", "dog,-0.1"], "row 3, dog: '-0.1' is not a number"),
+        (["cat,0.5", "dog"], "row 3 has 1 cells, not 2"),
+        (["cat,0.5", f"{'dog' * 50_000},1"], "line 3: field larger than field limit"),
+        (["cat,0.5", '"dog,1'], "line 3: unexpected end of data"),
+        ([], "2 of 2 classes have no match"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, rows, message):
+    path = file(tmp_path / "a.csv", *rows)
+    with pytest.raises(DataError, match=message) as raised:
+        read_prior(path, ["cat", "dog"])
+    assert str(raised.value).startswith(str(path))
+
+
+def test_a_file_of_another_kind_is_told(tmp_path):
+    with pytest.raises(DataError, match=r"'cat,0\.5', not 'Classes,avg_pred'"):
+        read_prior(file(tmp_path / "a.csv", header="cat,0.5"), ["cat"])
+    (tmp_path / "a.csv").write_text("")
+    with pytest.raises(DataError, match="the header is ''"):
+        read_prior(tmp_path / "a.csv", ["cat"])
+    with pytest.raises(DataError, match="is not there"):
+        read_prior(tmp_path / "b.csv", ["cat"])
+    with pytest.raises(UsageError, match="cannot write"):
+        write_prior(tmp_path / "a.csv" / "b.csv", CLASSES, PRIOR)
+
+
+def test_the_running_prior_is_the_mean_over_all_images():
+    logits = torch.randn(100, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    running = RunningPrior(5)
+    assert running.prior.isnan().all()
+    for batch in logits.split([40, 40, 13, 7]):
+        running.update(batch)
+    torch.testing.assert_close(running.prior, logits.sigmoid().mean(dim=0).detach())
+
+
+def test_the_running_prior_goes_on_where_it_was_kept():
+    first, second = RunningPrior(3), RunningPrior(3)
+    first.update(torch.zeros(10, 3))
+    second.load_state_dict(first.state_dict())
+    second.update(torch.full((30, 3), 100, dtype=torch.float16))
+    torch.testing.assert_close(second.prior, torch.full((3,), (10 * 0.5 + 30) / 40))
+
+
+def two_ranks(rank, init, queue):
+    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
+    running = RunningPrior(2)
+    # Rank 1 has three images with a score of 1, rank 0 one with a score of 0.
+    running.update(torch.full((1 + 2 * rank, 2), 200.0 * rank - 100))
+    queue.put(running.prior.tolist())
+    dist.destroy_process_group()
+
+
+def test_the_running_prior_is_that_of_all_ranks(tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    init = f"file://{tmp_path}/rendezvous"
+    ranks = [context.Process(target=two_ranks, args=(rank, init, queue)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    assert [queue.get(timeout=60) for _ in ranks] == [[0.75, 0.75]] * 2
+    for rank in ranks:
+        rank.join()

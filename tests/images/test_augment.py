@@ -1,0 +1,275 @@
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+
+from asl.errors import UsageError
+from asl.images import augment
+from asl.images.augment import CUTOUT, FLIP, NOTHING, OPERATIONS, RANDAUGMENT, Step, apply, draw
+
+CODES = {operation.name: code for code, operation in enumerate(OPERATIONS)}
+GREY = (128, 128, 128)
+
+
+def affine(picture, coefficients, resample=Image.Resampling.NEAREST):
+    return picture.transform(
+        picture.size, Image.Transform.AFFINE, coefficients, resample, fillcolor=GREY
+    )
+
+
+def rotate(picture, angle):
+    turned = picture.convert("RGBA").rotate(angle)
+    corners = Image.new("RGBA", turned.size, (128,) * 4)
+    return Image.composite(turned, corners, turned).convert("RGB")
+
+
+BICUBIC = Image.Resampling.BICUBIC
+PILLOW = {  # the official training script's RandAugment
+    "ShearX": lambda p, a: affine(p, (1, a, 0, 0, 1, 0), BICUBIC),
+    "ShearY": lambda p, a: affine(p, (1, 0, 0, a, 1, 0), BICUBIC),
+    "TranslateX": lambda p, a: affine(p, (1, 0, a * p.width, 0, 1, 0)),
+    "TranslateY": lambda p, a: affine(p, (1, 0, 0, 0, 1, a * p.height)),
+    "Rotate": rotate,
+    "Color": lambda p, a: ImageEnhance.Color(p).enhance(a),
+    "Contrast": lambda p, a: ImageEnhance.Contrast(p).enhance(a),
+    "Sharpness": lambda p, a: ImageEnhance.Sharpness(p).enhance(a),
+    "Brightness": lambda p, a: ImageEnhance.Brightness(p).enhance(a),
+    "Posterize": lambda p, a: ImageOps.posterize(p, round(a)),
+    "Solarize": lambda p, a: ImageOps.solarize(p, a),
+    "AutoContrast": lambda p, a: ImageOps.autocontrast(p),
+    "Equalize": lambda p, a: ImageOps.equalize(p),
+    "Invert": lambda p, a: ImageOps.invert(p),
+}
+AT_LEVEL_9 = {
+    "ShearX": {-0.3, 0.3},
+    "ShearY": {-0.3, 0.3},
+    "TranslateX": {-150 / 331, 150 / 331},
+    "TranslateY": {-150 / 331, 150 / 331},
+    "Rotate": {30},
+    "Color": {0.1, 1.9},
+    "Contrast": {0.1, 1.9},
+    "Sharpness": {0.1, 1.9},
+    "Brightness": {0.1, 1.9},
+    "Posterize": {4},
+    "Solarize": {0},
+    "Patch": {20},
+    "AutoContrast": {0},
+    "Equalize": {0},
+    "Invert": {0},
+}
+
+
+def smooth(rng):
+    return np.array(
+        Image.fromarray(rng.integers(256, size=(7, 9, 3), dtype=np.uint8)).resize((65, 65), BICUBIC)
+    )
+
+
+IMAGES = {
+    "smooth": smooth,
+    "noise": lambda rng: rng.integers(256, size=(64, 64, 3), dtype=np.uint8),
+    "dim": lambda rng: smooth(rng) // 3 + np.uint8(40),
+    "white": lambda rng: np.full((33, 33, 3), 255, np.uint8),
+    "two values": lambda rng: np.uint8([10, 200])[rng.integers(2, size=(32, 32, 3))],
+    "one dot": lambda rng: np.pad(np.full((1, 1, 3), 99, np.uint8), ((0, 15), (0, 15), (0, 0))),
+    "one pixel": lambda rng: np.full((1, 1, 3), 77, np.uint8),
+}
+
+
+def tensor(pixels):
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def steps(*rows):
+    numbers = np.zeros((3, len(Step._fields)), np.float32)
+    numbers[: len(rows)] = rows
+    return numbers
+
+
+def amounts(name, levels=(1, 4, 6, 9)):
+    operation = OPERATIONS[CODES[name]]
+    signs = (-1, 1) if operation.signed else (1,)
+    values = {operation.start + operation.span * n / 9 * sign for n in levels for sign in signs}
+    return sorted(float(np.float32(value)) for value in values)
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+@pytest.mark.parametrize("name", PILLOW)
+def test_pixels_are_pillows_to_the_bit_and_sheared_ones_within_one_grey_level(name, kind):
+    pixels = IMAGES[kind](np.random.default_rng(0))
+    for amount in amounts(name):
+        expected = tensor(np.array(PILLOW[name](Image.fromarray(pixels), amount)))
+        result = apply(tensor(pixels), steps(Step(CODES[name], amount)))
+        difference = (result.int() - expected.int()).abs()
+        if name.startswith("Shear"):
+            assert difference.max() <= 1
+            assert difference.float().mean() < 0.1  # rows that shift by whole pixels: 127.9999
+        else:
+            assert difference.max() == 0
+
+
+@pytest.mark.parametrize(("x", "y"), [(0.5, 0.5), (0.0, 0.0), (0.999, 0.999), (0.1, 0.7)])
+@pytest.mark.parametrize(
+    ("code", "amount", "side"), [(CUTOUT, 0.5, 32), (CODES["Patch"], 20.0, 20)]
+)
+def test_a_cut_is_a_square_of_one_colour_that_the_border_clips(code, amount, side, x, y):
+    image = tensor(np.full((64, 64, 3), 255, np.uint8))
+    result = apply(image, steps(Step(code, amount, x, y, 10, 20, 30)))
+    rows, columns = np.arange(64)[:, None] - int(64 * y), np.arange(64)[None] - int(64 * x)
+    inside = (abs(rows + 0.5) < side / 2) & (abs(columns + 0.5) < side / 2)
+    expected = np.where(inside, np.reshape([10, 20, 30], (3, 1, 1)), 255)
+    np.testing.assert_array_equal(result, expected)
+
+
+def test_flip_mirrors_left_and_right():
+    image = tensor(IMAGES["noise"](np.random.default_rng(0)))
+    np.testing.assert_array_equal(apply(image, steps(Step(FLIP))), image.numpy()[:, :, ::-1])
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_apply_leaves_its_input_alone_and_fills_the_slot_of_a_batch(name):
+    image = tensor(IMAGES["noise"](np.random.default_rng(0)))
+    before, batch = image.clone(), torch.full((3, *image.shape), 77, dtype=torch.uint8)
+    numbers = steps(Step(NOTHING), Step(CODES[name], 4.0 if name == "Posterize" else 0.3, 0.5, 0.5))
+    result = apply(image, numbers)
+    assert torch.equal(image, before)
+    assert (result.dtype, result.shape) == (torch.uint8, image.shape)
+    assert result.is_contiguous()
+
+    assert apply(image, numbers, out=batch[1]).data_ptr() == batch[1].data_ptr()
+    assert torch.equal(batch[1], result)
+    assert (batch[[0, 2]] == 77).all()
+
+
+def test_steps_are_done_in_order():
+    image = tensor(np.full((8, 8, 3), 200, np.uint8))
+    invert, darken = Step(CODES["Invert"]), Step(CODES["Brightness"], 0.5)
+    assert apply(image, steps(invert, darken)).unique().tolist() == [27]
+    assert apply(image, steps(darken, invert)).unique().tolist() == [155]
+
+
+def test_nothing_to_do_costs_no_copy():
+    image = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    assert apply(image, draw("none", seed=0, epoch=0, indices=[0])[0]) is image
+
+
+def test_numbers_depend_on_seed_epoch_and_index_and_on_nothing_else():
+    keys = [(s, e, i) for s in (0, 1, 2**40) for e in range(5) for i in (0, 1, 9_000_000)]
+    once = [draw("recipe", seed, epoch, [index]) for seed, epoch, index in keys]
+    np.random.seed(1)  # noqa: NPY002 (the global generators are what must not matter)
+    random.seed(1)
+    for key, numbers in reversed(list(zip(keys, once, strict=True))):
+        seed, epoch, index = key
+        beside = draw("recipe", seed, epoch, np.array([5, index, 3]))
+        np.testing.assert_array_equal(beside[1:2], numbers)
+    assert len({numbers.tobytes() for numbers in once}) == len(keys)
+
+
+@pytest.mark.parametrize("policy", augment.POLICIES)
+@pytest.mark.parametrize("size", [0, 1, 5])
+def test_the_numbers_of_a_batch_are_one_float32_array(policy, size):
+    numbers = draw(policy, 0, 0, range(size))
+    assert (numbers.shape, numbers.dtype) == ((size, 3, 7), np.float32)
+
+
+def test_an_unknown_policy_is_a_usage_error_that_names_the_known_ones():
+    with pytest.raises(UsageError, match="'autoaugment': choose one of recipe, flip, none"):
+        draw("autoaugment", 0, 0, [0])
+
+
+def test_flip_policy_mirrors_half_of_the_images_and_does_nothing_else():
+    numbers = draw("flip", 0, 0, range(2000))
+    assert abs((numbers[:, 0, 0] == FLIP).mean() - 0.5) < 0.04
+    numbers[:, 0, 0] = 0
+    assert not numbers.any()
+
+
+# The recipe's distribution. Chi-square bounds are those of one in a thousand.
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return np.concatenate([draw("recipe", 0, epoch, range(20_000)) for epoch in (0, 1)])
+
+
+def test_numbers_of_neighbours_are_independent_whatever_is_a_step_apart():
+    """Seeds, epochs, indices and columns that differ by one: a weak hash shows here first."""
+    keys = [(seed, epoch) for seed in range(8) for epoch in range(8)]
+    uniform = np.stack([augment._uniform(*key, range(64), 16) for key in keys])
+    uniform = uniform.reshape(8, 8, 64, 16)
+    values = 16 * uniform
+    for axis in range(4):
+        here, there = (np.take(values, range(*span), axis) for span in ((0, 7), (1, 8)))
+        pairs = (here.astype(int) * 16 + there.astype(int)).ravel().tolist()
+        assert chi_square(pairs, range(256)) < 330.5  # 255 degrees of freedom
+    assert chi_square(values.astype(int).ravel().tolist(), range(16)) < 37.7  # 15
+    assert 0 <= uniform.min() < uniform.max() < 1
+
+
+def chi_square(values, expected):
+    counts = Counter(values)
+    assert set(counts) <= set(expected)
+    mean = len(values) / len(expected)
+    return sum((counts[value] - mean) ** 2 / mean for value in expected)
+
+
+def test_amounts_at_level_9_are_the_recipes():
+    names = [operation.name for operation in OPERATIONS[RANDAUGMENT:]]
+    assert sorted(names) == sorted(AT_LEVEL_9)
+    for name, expected in AT_LEVEL_9.items():
+        assert amounts(name, levels=(9,)) == pytest.approx(sorted(expected), abs=1e-6)
+
+
+def test_cutout_comes_first_always_with_a_uniform_centre_and_colour(drawn):
+    cut = drawn[:, 0]
+    assert (cut[:, 0] == CUTOUT).all()
+    assert (cut[:, 1] == 0.5).all()
+    for column, size in zip(cut[:, 2:].T, (1, 1, 256, 256, 256), strict=True):
+        assert column.min() >= 0
+        assert column.max() < size
+        assert chi_square((column * 16 // size).tolist(), range(16)) < 37.7  # 15 degrees of freedom
+
+
+def test_each_of_two_operations_is_applied_with_probability_half_independently(drawn):
+    applied = drawn[:, 1:, 0] != NOTHING
+    np.testing.assert_allclose(applied.mean(0), 0.5, atol=0.02)
+    np.testing.assert_allclose(applied.all(1).mean(), 0.25, atol=0.02)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_operations_are_uniform_over_the_fifteen(drawn, step):
+    codes = drawn[:, step, 0]
+    applied = codes[codes != NOTHING].astype(int).tolist()
+    assert chi_square(applied, range(RANDAUGMENT, RANDAUGMENT + 15)) < 36.2  # 14
+
+
+def test_operations_repeat_as_often_as_independent_draws_do(drawn):
+    first, second = drawn[:, 1, 0], drawn[:, 2, 0]
+    both = (first != NOTHING) & (second != NOTHING)
+    assert abs((first == second)[both].mean() - 1 / 15) < 0.02
+
+
+def test_levels_are_uniform_integers_and_signs_fair_where_the_recipe_has_one(drawn):
+    rows = drawn[:, 1:].reshape(-1, len(Step._fields))
+    levels, signs = [], []
+    for code, amount in rows[rows[:, 0] != NOTHING][:, :2].tolist():
+        operation = OPERATIONS[int(code)]
+        if operation.span:
+            level = (amount - operation.start) / operation.span * 9
+            assert abs(level - round(level)) < 1e-4
+            assert level > 0 or operation.signed
+            levels.append(abs(round(level)))
+            if operation.signed:
+                signs.append(level > 0)
+    assert chi_square(levels, range(1, 10)) < 26.2  # 8
+    assert abs(np.mean(signs) - 0.5) < 0.03
+
+
+def test_patches_are_grey_and_anywhere(drawn):
+    rows = drawn[:, 1:].reshape(-1, len(Step._fields))
+    patches = rows[rows[:, 0] == CODES["Patch"]]
+    assert (patches[:, 4:] == (125, 122, 113)).all()
+    assert np.ptp(patches[:, 2:4], axis=0).min() > 0.9
