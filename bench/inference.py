@@ -4,9 +4,9 @@ python bench/inference.py [--models tresnet_m] [--compile]
 
 All variants take turns on the same batch; the figures are medians, and "x eager" the median of the
 ratios of neighbouring runs. Time is that of the process, with one thread: what else the machine
-does is not in it. "folded" is `asl.models.fold_batchnorm`, with channels last and autocast what
-`engine.score` computes. "pure bfloat16" also keeps the weights so, and the steps that autocast
-leaves in float32; --compile adds torch.compile, which takes half a minute for each model.
+does is not in it. "folded" is `fold_batchnorm`; with channels last and autocast it is what
+`asl.evaluation.score` computes. "pure bfloat16" also keeps the weights so, and the steps that
+autocast leaves in float32; --compile adds torch.compile, which takes half a minute for each model.
 """
 
 import argparse
@@ -22,7 +22,8 @@ import torch
 from step import ratio, seconds
 from torch import Tensor, nn
 
-from asl.models.build import create_model, fold_batchnorm
+from asl.models.build import create_model
+from asl.models.fold import fold_batchnorm
 
 
 def variants(model: nn.Module, images: Tensor, compiled: bool) -> dict[str, Callable[[], Tensor]]:

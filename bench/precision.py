@@ -1,7 +1,7 @@
 """What bfloat16 gains on this machine: images/s against float32, training and inference.
 
 Both run in turn on the same batch, channels last; the figures are medians of the ratios of
-neighbouring runs. `engine.precision` decides from them what `--amp auto` means on a CPU.
+neighbouring runs. `asl.distributed.precision` decides from them what `--amp auto` means on a CPU.
 """
 
 import argparse

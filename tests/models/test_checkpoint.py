@@ -49,6 +49,7 @@ def test_model_is_the_best_set_and_takes_no_room_of_its_own(best, tmp_path):
     checkpoint.save(tmp_path / "one.pth", {"model": sets["ema"]})
     loaded = checkpoint.load(tmp_path / "both.pth")
     assert_same(loaded["model"], sets[best])
+    assert loaded["best"] == best
     assert_same(loaded["ema"], sets["ema"])
     assert_same(loaded["regular"], sets["regular"])
     assert (tmp_path / "both.pth").stat().st_size < 2.01 * (tmp_path / "one.pth").stat().st_size
@@ -77,13 +78,27 @@ def test_files_of_others_are_read_as_ours(key, prefix, old_format, tmp_path):
     assert loaded["num_classes"] is loaded["idx_to_class"] is None
 
 
-def test_averaged_weights_of_timm_training_are_the_ema_set(tmp_path):
+@pytest.mark.parametrize("averaged_entry", ["state_dict_ema", "model_ema"])
+@pytest.mark.parametrize("extra", [{}, {"best": 86.6}, {"best": torch.ones(2)}, {"regular": None}])
+def test_averaged_weights_of_timm_training_are_the_ema_set_and_the_best(
+    extra, averaged_entry, tmp_path
+):
     averaged = {name: tensor + 1 for name, tensor in WEIGHTS.items()}
-    torch.save({"state_dict": WEIGHTS, "state_dict_ema": averaged}, tmp_path / "timm.pth")
+    content = {"state_dict": WEIGHTS, averaged_entry: averaged, **extra}
+    torch.save(content, tmp_path / "timm.pth")
     loaded = checkpoint.load(tmp_path / "timm.pth")
-    assert_same(loaded["model"])
     assert_same(loaded["regular"])
     assert_same(loaded["ema"], averaged)
+    assert_same(loaded["model"], averaged)
+    assert loaded["best"] == "ema"
+
+
+def test_a_file_without_averaged_weights_has_one_set(tmp_path):
+    torch.save({"state_dict": WEIGHTS, "state_dict_ema": None}, tmp_path / "timm.pth")
+    loaded = checkpoint.load(tmp_path / "timm.pth")
+    assert_same(loaded["model"])
+    assert loaded.get("ema") is None
+    assert "regular" not in loaded
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])

@@ -1,9 +1,9 @@
 """Checkpoints: one format, one writer that leaves no half files, one reader that runs no code.
 
 A checkpoint is the official format and more: `{"model": weights, "num_classes": C, "idx_to_class":
-{0: name, ...}}`. Files of a training run also hold both sets of weights it keeps, "ema" and
-"regular", and under "best" which of the two "model" is; the tensors of "model" are those of that
-set, so a file holds every tensor once.
+{0: name, ...}}`. Files of a training run also hold two sets of weights, "ema" (averaged) and
+"regular", and under "best" the name of the set that scored higher. "model" is that set, and shares
+its tensors, so a file holds every tensor once.
 """
 
 import argparse
@@ -24,41 +24,43 @@ from asl.atomic import replacing
 from asl.errors import DataError
 
 
-class _NumberType:
-    """Read in place of `numpy.dtype`, which takes sizes from a file unchecked: wrong ones crash."""
+class _DType:
+    """Stands in for `numpy.dtype`, which crashes on a wrong size in a file: it checks none."""
 
     def __init__(self, code: str, *_: object) -> None:
         self.name = code
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.name = f"{state[1]}{self.name}"  # the order of its bytes, "<" for most
+        self.name = f"{state[1]}{self.name}"  # the byte order, "<" for most
 
 
-def _number(kind: _NumberType, data: bytes) -> Any:
+def _scalar(dtype: _DType, data: bytes) -> Any:
     """A NumPy scalar as the plain Python value."""
-    if not re.fullmatch(r"[<>|]?([biuf][1248]|U[0-9]{1,4})", kind.name):
-        raise ValueError(f"a NumPy scalar of type {kind.name!r}")
-    return np.frombuffer(data, kind.name, count=1)[0].item()
+    if not re.fullmatch(r"[<>|]?([biuf][1248]|U[0-9]{1,4})", dtype.name):
+        raise ValueError(f"a NumPy scalar of type {dtype.name!r}")
+    return np.frombuffer(data, dtype.name, count=1)[0].item()
 
 
 # What training scripts put beside tensors and plain values: their command line and NumPy numbers.
 # Reading these sets fields and calls nothing else.
 _HARMLESS: list[Any] = [
     argparse.Namespace,
-    _NumberType,
-    (_NumberType, "numpy.dtype"),
-    (_number, "numpy._core.multiarray.scalar"),
-    (_number, "numpy.core.multiarray.scalar"),  # as NumPy 1 wrote it
+    _DType,
+    (_DType, "numpy.dtype"),
+    (_scalar, "numpy._core.multiarray.scalar"),
+    (_scalar, "numpy.core.multiarray.scalar"),  # as NumPy 1 wrote it
 ]
 # DistributedDataParallel and torch.compile put these before the names of a model's tensors.
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
+# Names of the same entries in files of timm's training script and of many others.
+_ENTRIES = {"state_dict": "model", "state_dict_ema": "ema", "model_ema": "ema"}
 
 
 def save(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
     """Write `checkpoint` to `path`: whole and on the disk when this returns, or not at all.
 
     With a "best" entry ("ema" or "regular"), "model" becomes that very set. A file that is already
-    at `path` is replaced in one step at the end; until then, and after a failure, it is as it was.
+    at `path` is replaced in one step at the end. A failure leaves it as it was.
 
     Raises `DataError` where the file cannot be written (full disk, folder gone, no permission), and
     TypeError for content that `load` would refuse: anything but tensors and plain Python values.
@@ -74,7 +76,7 @@ def save(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
             if refused:
                 raise TypeError(f"a checkpoint holds tensors and plain values only, not {refused}")
     except (OSError, RuntimeError) as error:
-        # torch closes its archive on the way out and reports that failure in place of the first
+        # torch closes its archive after an error, fails again, and raises this second failure
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise DataError(f"{path}: the checkpoint cannot be written: {_reason(cause)}") from error
 
@@ -84,9 +86,12 @@ def load(path: str | Path) -> dict[str, Any]:
 
     Returns its entries, of which three are always there: "model" (tensors by name, on the CPU,
     without the prefixes of wrappers), "num_classes" (or None) and "idx_to_class" (class names by
-    number, in that order, or None). "ema" and "regular" are there, both, where the file tells them
-    apart. A bare state dict or a .safetensors file comes back as "model". Tensors are mapped from
-    the file where that is possible: until they are used, reading costs milliseconds.
+    number, in that order, or None). A bare state dict or a .safetensors file comes back as "model".
+    A file with averaged weights also has "ema", "regular", and "best" ("ema" or "regular"), and
+    "model" is the best set. Files of timm's training do not say which set is best. It is "ema"
+    then: timm ranks its checkpoints by the averaged weights, and its own loader prefers them.
+    Tensors are mapped from the file where that is possible: reading costs milliseconds, until
+    they are used.
 
     Raises `DataError`, naming the file, if it is missing, damaged, not a checkpoint, or if reading
     it would run code.
@@ -95,11 +100,15 @@ def load(path: str | Path) -> dict[str, Any]:
     content = _read(path)
     if not isinstance(content, Mapping):
         raise DataError(f"{path}: holds a {type(content).__name__}, not the weights of a model")
-    checkpoint = {_PLAIN_NAMES.get(str(name), str(name)): value for name, value in content.items()}
+    checkpoint = {_ENTRIES.get(str(name), str(name)): value for name, value in content.items()}
     if not isinstance(checkpoint.get("model"), Mapping):
         checkpoint = {"model": content}
-    if checkpoint.get("ema") is not None:  # the two come together, from timm's training too
-        checkpoint.setdefault("regular", checkpoint["model"])
+    if checkpoint.get("ema") is not None:
+        if checkpoint.get("regular") is None:
+            checkpoint["regular"] = checkpoint["model"]
+        if checkpoint.get("best") not in ("ema", "regular"):
+            checkpoint["best"] = "ema"
+        checkpoint["model"] = checkpoint[checkpoint["best"]]
     for weights in ("model", "ema", "regular"):
         if checkpoint.get(weights) is not None:
             checkpoint[weights] = _tensors(checkpoint[weights], path)
@@ -109,10 +118,6 @@ def load(path: str | Path) -> dict[str, Any]:
         return {**checkpoint, "num_classes": count and int(count), "idx_to_class": names}
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise DataError(f"{path}: num_classes or idx_to_class is not usable: {error}") from error
-
-
-# timm's training script and much of the field have these names for the same entries.
-_PLAIN_NAMES = {"state_dict": "model", "state_dict_ema": "ema", "model_ema": "ema"}
 
 
 def _read(path: Path) -> Any:
@@ -131,15 +136,15 @@ def _read(path: Path) -> Any:
         packed, unpacked = path.stat().st_size, _unpacked_size(path) if is_zip else 0
         if unpacked <= packed:
             with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of odd pickles; what comes of it is said below
+                warnings.simplefilter("ignore")  # a damaged file is an error below
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        wish = f"would run code ({named[1]})" if named else "is damaged or would run code"
-        raise DataError(f"{path}: refused: {wish} when read; save a state_dict instead") from error
-    except Exception as error:  # there is no end to the ways in which reading a damaged file fails
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        why = f"would run code ({code[1]})" if code else "is damaged or would run code"
+        raise DataError(f"{path}: refused: {why} when read; save a state_dict instead") from error
+    except Exception as error:  # reading a damaged file fails in countless ways
         raise DataError(f"{path}: damaged or not a checkpoint: {_reason(error)}") from error
-    # torch stores tensors as they are: a file that grows when read was made to fill the memory
+    # torch does not compress tensors. A file that grows when read was made to fill the memory.
     raise DataError(f"{path}: refused: its {packed:,} bytes would unpack to {unpacked:,}")
 
 
@@ -170,11 +175,11 @@ def _class_names(names: Any) -> dict[int, str] | None:
     if not isinstance(names, Mapping | list | tuple):
         raise TypeError(f"{type(names).__name__} in place of names by number")
     numbered = names.items() if isinstance(names, Mapping) else enumerate(names)
-    found = dict(sorted((int(number), name) for number, name in numbered))
-    for number, name in found.items():
+    by_number = dict(sorted((int(number), name) for number, name in numbered))
+    for number, name in by_number.items():
         if not isinstance(name, str):
             raise TypeError(f"name {number} is a {type(name).__name__}")
-    return {number: str(name) for number, name in found.items()}
+    return by_number
 
 
 def _reason(error: BaseException) -> str:

@@ -7,25 +7,17 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.layers.std_conv import StdConv2d
-from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from asl.errors import DataError, UsageError
 from asl.models import checkpoint
-from asl.models.build import (
-    BottleneckHead,
-    create_model,
-    fold_batchnorm,
-    load_model,
-    load_weights,
-    normalization,
-)
+from asl.models.build import create_model
+from asl.models.fold import fold_batchnorm
+from asl.models.settings import NewModelSettings, TrainedModelSettings
+from asl.models.weights import load_model, load_weights, new_model, trained_model
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "tresnet.json").read_text())
-WEIGHTS = Path(
-    os.environ.get("ASL_WEIGHTS_ROOT", Path(__file__).parents[2] / "shared" / "data" / "weights")
-)
+TESTS = Path(__file__).parents[1]
+GOLDEN = json.loads((TESTS / "golden" / "tresnet.json").read_text())
+WEIGHTS = Path(os.environ.get("ASL_WEIGHTS_ROOT", TESTS.parents[1] / "shared/data/weights"))
 SMALL = "resnet10t"  # 5 M weights: quick to build and to save
 
 
@@ -131,22 +123,26 @@ def test_a_head_of_another_kind_is_left_out(official_m):
     assert len(loaded.fresh) == 4
 
 
-def test_a_new_head_is_drawn_even_if_the_file_has_a_tensor_of_its_shape(tmp_path):
-    weights = create_model(SMALL, 20).state_dict() | {"auxiliary.weight": torch.zeros(7, 512)}
+def test_tensors_that_the_model_does_not_have_are_left_out_and_said_so(small_file, tmp_path):
+    weights = torch.load(small_file) | {"auxiliary.weight": torch.zeros(7, 512)}
     checkpoint.save(tmp_path / "file.pth", {"model": weights})
-    torch.manual_seed(0)
-    model, loaded = load_model(SMALL, 7, tmp_path / "file.pth")
-    assert loaded.left_out["auxiliary.weight"] == "not in the model"
-    assert 0.005 < model.fc.weight.std() < 0.1
+    _, loaded = load_model(SMALL, 20, tmp_path / "file.pth")
+    assert loaded.left_out == {"auxiliary.weight": "not in the model"}
+    assert "left out: auxiliary.weight: not in the model" in str(loaded)
+    assert not loaded.fresh
 
 
 @pytest.mark.parametrize("head", ["linear", "bottleneck"])
-def test_loading_while_building_equals_building_then_loading(head, tmp_path):
+def test_every_value_of_a_file_is_in_the_model(head, tmp_path):
     original = create_model(SMALL, 20, head)
+    for tensor in original.buffers():
+        tensor += 1
     save_file(original.state_dict(), tmp_path / "w.safetensors")
     built = create_model(SMALL, 20, head)
-    assert load_weights(built, tmp_path / "w.safetensors").fresh == ()
-    at_once, _ = load_model(SMALL, 20, tmp_path / "w.safetensors", head)
+    loaded = load_weights(built, tmp_path / "w.safetensors")
+    at_once, also = load_model(SMALL, 20, tmp_path / "w.safetensors", head)
+    assert loaded == also
+    assert loaded.matched == len(original.state_dict())
     for name, tensor in original.state_dict().items():
         assert torch.equal(built.state_dict()[name], tensor)
         assert torch.equal(at_once.state_dict()[name], tensor)
@@ -161,36 +157,114 @@ def test_buffers_that_no_file_holds_are_there(official_m):
         assert torch.equal(model.get_buffer(name), plain[name])
 
 
-class Drawn(TorchFunctionMode):
-    """Notes how many random numbers of a normal distribution are drawn."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.normal_:
-            self.counts.append(args[0].numel())
-        return func(*args, **(kwargs or {}))
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory):
+    """What a training writes whose regular weights were better: two sets, three classes."""
+    path = tmp_path_factory.mktemp("run") / "best.pt"
+    sets = {name: create_model(SMALL, 3).state_dict() for name in ("ema", "regular")}
+    names = {0: "cat", 1: "dog", 2: "emu"}
+    checkpoint.save(path, {**sets, "best": "regular", "num_classes": 3, "idx_to_class": names})
+    return path
 
 
-def test_weights_that_the_file_gives_are_not_drawn_first(official_m):
-    with Drawn() as drawn:
-        load_model("tresnet_m", 20, official_m)
-    assert drawn.counts == [20 * 2048]  # the new head
+@pytest.mark.parametrize(
+    ("options", "taken"),
+    [
+        ({}, "regular"),
+        ({"weights": "best"}, "regular"),
+        ({"weights": "regular"}, "regular"),
+        ({"weights": "ema"}, "ema"),
+    ],
+)
+def test_of_several_sets_the_best_is_taken_or_the_one_asked_for(options, taken, run_file):
+    expected = checkpoint.load(run_file)[taken]["fc.weight"]
+    model = create_model(SMALL, 3)
+    loaded = load_weights(model, run_file, **options)
+    assert torch.equal(model.fc.weight, expected)
+    assert loaded.weights == taken
+    assert f" tensors loaded ({taken} weights)" in str(loaded)
+    model, loaded = load_model(SMALL, 3, run_file, **options)
+    assert torch.equal(model.fc.weight, expected)
+    assert loaded.weights == taken
 
 
-@pytest.mark.parametrize("weights", ["ema", "regular", "best"])
-def test_the_set_of_weights_that_was_asked_for_is_taken(weights, tmp_path):
-    sets = {
-        "ema": create_model(SMALL, 3).state_dict(),
-        "regular": create_model(SMALL, 3).state_dict(),
-    }
-    checkpoint.save(tmp_path / "run.pth", {**sets, "best": "regular", "num_classes": 3})
-    model, loaded = load_model(SMALL, 3, tmp_path / "run.pth", weights=weights)
-    expected = sets["ema" if weights == "ema" else "regular"]
-    assert torch.equal(model.state_dict()["fc.weight"], expected["fc.weight"])
-    assert f"{weights} weights" in str(loaded)
+@pytest.mark.parametrize("weights", ["best", "ema", "regular"])
+def test_a_file_with_one_set_gives_that_one(weights, small_file):
+    model, loaded = load_model(SMALL, 20, small_file, weights=weights)
+    assert torch.equal(model.fc.weight, torch.load(small_file)["fc.weight"])
+    assert loaded.weights == "only"
+    assert str(loaded) == f"{small_file}: {len(model.state_dict())} tensors loaded"
+
+
+@pytest.mark.parametrize(("weights", "entry"), [("best", "_ema"), ("regular", "")])
+def test_the_best_set_of_timms_training_is_the_averaged_one(weights, entry, tmp_path):
+    sets = {f"state_dict{which}": create_model(SMALL, 3).state_dict() for which in ("", "_ema")}
+    torch.save(sets, tmp_path / "timm.pth.tar")
+    model, _ = load_model(SMALL, 3, tmp_path / "timm.pth.tar", weights=weights)
+    assert torch.equal(model.fc.weight, sets[f"state_dict{entry}"]["fc.weight"])
+
+
+def test_a_model_in_use_is_the_best_set_with_its_classes_in_order(run_file):
+    settings = TrainedModelSettings(model_name=SMALL, model_path=str(run_file), num_classes=3)
+    model, classes, loaded = trained_model(settings, image_size=64)
+    assert torch.equal(model.fc.weight, checkpoint.load(run_file)["regular"]["fc.weight"])
+    assert classes == ("cat", "dog", "emu")
+    assert loaded.weights == "regular"
+    model, _, _ = trained_model(settings.replace(weights="ema"), image_size=64)
+    assert torch.equal(model.fc.weight, checkpoint.load(run_file)["ema"]["fc.weight"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"model_path": ""}, UsageError, "name the checkpoint: --model-path"),
+        ({"num_classes": 4}, UsageError, "num_classes is 4, the checkpoint's 3"),
+        ({"head": "bottleneck"}, DataError, r"3 classes \(linear\), .* check --head"),
+    ],
+)
+def test_a_checkpoint_that_is_not_what_was_said_is_an_error(changed, error, message, run_file):
+    settings = TrainedModelSettings(model_name=SMALL, model_path=str(run_file))
+    with pytest.raises(error, match=message):
+        trained_model(settings.replace(**changed), image_size=64)
+
+
+def test_a_model_in_use_needs_the_names_of_its_classes(small_file):
+    settings = TrainedModelSettings(model_name=SMALL, model_path=str(small_file))
+    with pytest.raises(DataError, match=r"small.pth does not name its classes \(idx_to_class\)"):
+        trained_model(settings, image_size=64)
+
+
+def test_training_from_a_file_takes_its_best_body_and_says_what_it_left_out(run_file, capsys):
+    settings = NewModelSettings(model_name=SMALL, model_path=str(run_file), head="bottleneck")
+    model = new_model(settings, num_classes=7, image_size=64)
+    said = capsys.readouterr().out
+    assert "(regular weights)" in said
+    assert "3 classes (linear), the model's is for 7 classes (bottleneck)" in said
+    expected = checkpoint.load(run_file)["regular"]
+    assert torch.equal(model.conv1[0].weight, expected["conv1.0.weight"])
+    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_a_new_model_and_one_in_use_are_built_for_the_size_of_the_images(from_file, tmp_path):
+    original = create_model("test_vit", 2)
+    content = {"model": original.state_dict(), "idx_to_class": ["cat", "dog"]}
+    torch.save(content, tmp_path / "vit.pth")
+    path = str(tmp_path / "vit.pth")
+    new = NewModelSettings(model_name="test_vit", model_path=path if from_file else "")
+    used = TrainedModelSettings(model_name="test_vit", model_path=path)
+    images = torch.zeros(1, 3, 96, 96)
+    assert new_model(new, num_classes=5, image_size=96)(images).shape == (1, 5)
+    assert trained_model(used, image_size=96)[0](images).shape == (1, 2)
+
+
+def test_pretrained_settings_ask_for_timms_weights(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(DataError, match="no pretrained weights for resnet10t"):
+        new_model(NewModelSettings(model_name=SMALL, pretrained=True), 2, image_size=64)
+    new_model(NewModelSettings(model_name=SMALL), 2, image_size=64)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_file_that_fits_in_part_is_an_error_with_counts(small_file, tmp_path):
@@ -244,49 +318,6 @@ def test_vision_transformers_take_the_image_size_and_resize_their_positions(tmp_
     assert not loaded.fresh
 
 
-@pytest.mark.parametrize("name", ["test_convnext", "test_efficientnet", "test_vit", SMALL])
-def test_the_bottleneck_head_fits_any_model_with_a_linear_end(name):
-    model = create_model(name, 40, head="bottleneck").eval()
-    assert sum(isinstance(module, BottleneckHead) for module in model.modules()) == 1
-    assert model(torch.zeros(1, 3, *model.pretrained_cfg["input_size"][1:])).shape == (1, 40)
-
-
-def test_no_bottleneck_head_for_a_model_with_two_classifiers():
-    with pytest.raises(UsageError, match="no bottleneck head"):
-        create_model("deit_tiny_distilled_patch16_224", 5, head="bottleneck")
-
-
-@pytest.mark.parametrize(
-    ("name", "mean", "std"),
-    [("tresnet_m", (0, 0, 0), (1, 1, 1)), ("tf_efficientnet_lite0", (0.5,) * 3, (0.5,) * 3)],
-)
-def test_normalization_is_what_the_weights_were_trained_with(name, mean, std):
-    assert normalization(create_model(name, 2)) == (mean, std)
-
-
-@pytest.mark.parametrize(
-    ("name", "near"),
-    [
-        ("tresnet-l", "tresnet_l"),
-        ("TResNet_M", "tresnet_m"),
-        ("tresnet_l_v2", "tresnet_v2_l"),
-        ("a/b", "list_models"),
-        ("tresnet_l.imagenet", "tresnet_l.miil_in1k"),
-    ],
-)
-def test_an_unknown_name_is_answered_with_near_ones(name, near):
-    with pytest.raises(UsageError, match=near):
-        create_model(name, 80)
-
-
-def test_pretrained_weights_that_cannot_be_fetched_are_a_one_line_error(monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(DataError, match="--model-path") as error:
-        create_model(SMALL, 2, pretrained=True)
-    assert "\n" not in str(error.value)
-
-
 def test_real_pretrained_weights_load_with_a_new_head():
     path = WEIGHTS / "tf_efficientnet_lite0.imagenet1k.safetensors"
     if not path.exists():
@@ -295,112 +326,3 @@ def test_real_pretrained_weights_load_with_a_new_head():
     assert loaded.fresh == ("classifier.weight", "classifier.bias")
     assert "1,000 classes (linear), the model's is for 20" in str(loaded)
     assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 20)
-
-
-@pytest.mark.parametrize("head", ["linear", "bottleneck"])
-def test_a_new_head_begins_small_so_that_it_does_not_undo_the_backbone(head):
-    model = create_model("tf_efficientnet_lite0", 20, head)
-    layers = [
-        m for m in model.get_submodule("classifier").modules() if isinstance(m, torch.nn.Linear)
-    ]
-    assert len(layers) == (1 if head == "linear" else 2)
-    for layer in layers:
-        assert layer.weight.std().item() == pytest.approx(0.01, rel=0.1)
-        assert not layer.bias.any()
-
-
-def norms(model):
-    return [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
-
-
-@torch.no_grad()
-def seasoned(model, images):
-    """Give a model's BatchNorms weights and running statistics as after training."""
-    for norm in norms(model):
-        nn.init.normal_(norm.weight)
-        nn.init.normal_(norm.bias, std=0.1)
-        norm.momentum = 1.0
-    model.train()(images)
-    return model
-
-
-@pytest.mark.parametrize(
-    ("name", "head", "left"),
-    [
-        ("tresnet_m", "bottleneck", 0),
-        ("resnet18", "linear", 0),
-        ("efficientnet_lite0", "linear", 0),
-        ("tf_efficientnet_lite0", "linear", 0),  # convolutions that pad as TensorFlow does
-        ("mobilenetv3_small_050", "linear", 0),
-        ("densenet121", "linear", 62),  # where concatenation or pooling comes before
-        ("convnext_atto", "linear", 0),
-        ("test_vit", "linear", 0),
-    ],
-)
-def test_folded_models_give_the_same_logits(name, head, left):
-    torch.manual_seed(0)
-    images = torch.randn(2, 3, 128, 128)
-    model = seasoned(create_model(name, 20, head, image_size=128), images)
-    with torch.inference_mode():
-        logits = model.eval()(images)
-    folded = fold_batchnorm(model.train())
-    with torch.inference_mode():
-        torch.testing.assert_close(folded(images), logits, rtol=0, atol=1e-4)
-    assert len(norms(folded)) == left
-    assert not any(p.requires_grad for p in folded.parameters())
-
-
-def test_folding_keeps_channels_last():
-    model = create_model("resnet18", 2).to(memory_format=torch.channels_last)
-    weight = fold_batchnorm(model).get_parameter("layer1.0.conv1.weight")
-    assert weight.is_contiguous(memory_format=torch.channels_last)
-
-
-class Block(nn.Module):
-    """A convolution and a BatchNorm, used in ways in which they cannot become one."""
-
-    def __init__(self, use, conv=nn.Conv2d, **options):
-        super().__init__()
-        self.use = use
-        self.conv, self.norm = conv(4, 4, 3, padding=1), nn.BatchNorm2d(4, **options)
-        self.again = self.conv if use == "held twice" else None
-
-    def forward(self, x):
-        if self.use == "output read twice":
-            y = self.conv(x)
-            return self.norm(y) + y
-        if self.use == "called twice":
-            return self.norm(self.conv(self.conv(x)))
-        if self.use == "held twice":
-            return self.norm(self.again(x))
-        if self.use == "branch on values" and x.sum() > 1e9:
-            return x
-        return self.norm(self.conv(x))
-
-
-@pytest.mark.parametrize(
-    ("use", "options"),
-    [
-        ("output read twice", {}),
-        ("called twice", {}),
-        ("held twice", {}),
-        ("branch on values", {}),
-        ("weights standardised", {"conv": StdConv2d}),
-        ("statistics of the batch", {"track_running_stats": False}),
-    ],
-)
-def test_what_cannot_be_folded_stays_as_it_is(use, options):
-    torch.manual_seed(0)
-    images = torch.randn(4, 4, 8, 8)
-    model = seasoned(Block(use, **options), images).eval()
-    logits = model(images)
-    assert torch.equal(fold_batchnorm(model)(images), logits)
-    assert len(norms(model)) == 1
-
-
-def test_a_convolution_that_is_reparametrised_by_a_hook_stays_as_it_is():
-    model = Block("as usual")
-    nn.utils.spectral_norm(model.conv)
-    model = seasoned(model, torch.randn(4, 4, 8, 8)).eval()
-    assert len(norms(fold_batchnorm(model))) == 1
-    assert not norms(fold_batchnorm(Block("as usual")))

@@ -1,0 +1,104 @@
+import pytest
+import torch
+from timm.layers.std_conv import StdConv2d
+from torch import nn
+
+from asl.models.build import create_model
+from asl.models.fold import fold_batchnorm
+
+
+def norms(model):
+    return [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+
+
+@torch.no_grad()
+def seasoned(model, images):
+    """Give a model's BatchNorms weights and running statistics as after training."""
+    for norm in norms(model):
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias, std=0.1)
+        norm.momentum = 1.0
+    model.train()(images)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "left"),
+    [
+        ("tresnet_m", "bottleneck", 0),
+        ("resnet18", "linear", 0),
+        ("efficientnet_lite0", "linear", 0),
+        ("tf_efficientnet_lite0", "linear", 0),  # convolutions that pad as TensorFlow does
+        ("mobilenetv3_small_050", "linear", 0),
+        ("densenet121", "linear", 62),  # where concatenation or pooling comes before
+        ("convnext_atto", "linear", 0),
+        ("test_vit", "linear", 0),
+    ],
+)
+def test_folded_models_give_the_same_logits(name, head, left):
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 128, 128)
+    model = seasoned(create_model(name, 20, head, image_size=128), images)
+    with torch.inference_mode():
+        logits = model.eval()(images)
+    folded = fold_batchnorm(model.train())
+    with torch.inference_mode():
+        torch.testing.assert_close(folded(images), logits, rtol=0, atol=1e-4)
+    assert len(norms(folded)) == left
+    assert not any(p.requires_grad for p in folded.parameters())
+
+
+def test_folding_keeps_channels_last():
+    model = create_model("resnet18", 2).to(memory_format=torch.channels_last)
+    weight = fold_batchnorm(model).get_parameter("layer1.0.conv1.weight")
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+class Block(nn.Module):
+    """A convolution and a BatchNorm, used in ways in which they cannot become one."""
+
+    def __init__(self, use, conv=nn.Conv2d, **options):
+        super().__init__()
+        self.use = use
+        self.conv, self.norm = conv(4, 4, 3, padding=1), nn.BatchNorm2d(4, **options)
+        self.again = self.conv if use == "held twice" else None
+
+    def forward(self, x):
+        if self.use == "output read twice":
+            y = self.conv(x)
+            return self.norm(y) + y
+        if self.use == "called twice":
+            return self.norm(self.conv(self.conv(x)))
+        if self.use == "held twice":
+            return self.norm(self.again(x))
+        if self.use == "branch on values" and x.sum() > 1e9:
+            return x
+        return self.norm(self.conv(x))
+
+
+@pytest.mark.parametrize(
+    ("use", "options"),
+    [
+        ("output read twice", {}),
+        ("called twice", {}),
+        ("held twice", {}),
+        ("branch on values", {}),
+        ("weights standardised", {"conv": StdConv2d}),
+        ("statistics of the batch", {"track_running_stats": False}),
+    ],
+)
+def test_what_cannot_be_folded_stays_as_it_is(use, options):
+    torch.manual_seed(0)
+    images = torch.randn(4, 4, 8, 8)
+    model = seasoned(Block(use, **options), images).eval()
+    logits = model(images)
+    assert torch.equal(fold_batchnorm(model)(images), logits)
+    assert len(norms(model)) == 1
+
+
+def test_a_convolution_that_is_reparametrised_by_a_hook_stays_as_it_is():
+    model = Block("as usual")
+    nn.utils.spectral_norm(model.conv)
+    model = seasoned(model, torch.randn(4, 4, 8, 8)).eval()
+    assert len(norms(fold_batchnorm(model))) == 1
+    assert not norms(fold_batchnorm(Block("as usual")))
