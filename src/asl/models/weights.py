@@ -19,7 +19,7 @@ from asl.errors import DataError, UsageError
 from asl.models import checkpoint
 from asl.models.build import create_model
 from asl.models.heads import describe_head, head_names
-from asl.models.settings import Head, NewModelSettings, TrainedModelSettings, Weights
+from asl.models.settings import NewModelSettings, TrainedModelSettings, Weights
 
 # Blocks of the third stage, different in each TResNet: enough to tell whose weights a file holds.
 _TRESNETS = {11: "tresnet_m", 18: "tresnet_l", 24: "tresnet_xl", 23: "tresnet_v2_l"}
@@ -61,11 +61,10 @@ def new_model(settings: NewModelSettings, num_classes: int, image_size: int) -> 
 
     Raises what `create_model` and `load_weights` raise.
     """
-    name, head = settings.model_name, settings.head
-    if not settings.model_path:
-        return create_model(name, num_classes, head, settings.pretrained, image_size)
-    model, loaded = load_model(name, num_classes, settings.model_path, head, image_size=image_size)
-    print(loaded)
+    name, head, pretrained = settings.model_name, settings.head, settings.pretrained
+    model = create_model(name, num_classes, head, pretrained, image_size)
+    if settings.model_path:
+        print(load_weights(model, settings.model_path))
     return model
 
 
@@ -85,30 +84,9 @@ def trained_model(
         raise DataError(f"{path} does not name its classes (idx_to_class)")
     if settings.num_classes not in (None, len(names)):
         raise UsageError(f"num_classes is {settings.num_classes}, the checkpoint's {len(names)}")
-    model, loaded = load_model(
-        settings.model_name,
-        len(names),
-        path,
-        settings.head,
-        settings.weights,
-        fresh_head=False,
-        image_size=image_size,
-    )
+    model = create_model(settings.model_name, len(names), settings.head, image_size=image_size)
+    loaded = load_weights(model, path, settings.weights, fresh_head=False)
     return model, tuple(names.values()), loaded
-
-
-def load_model(
-    name: str,
-    num_classes: int,
-    path: str | Path,
-    head: Head = "linear",
-    weights: Weights = "best",
-    fresh_head: bool = True,
-    image_size: int | None = None,
-) -> tuple[nn.Module, Loaded]:
-    """`create_model` and `load_weights` in one: their arguments, what they return and raise."""
-    model = create_model(name, num_classes, head, image_size=image_size)
-    return model, load_weights(model, path, weights, fresh_head)
 
 
 def load_weights(
