@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SHARED
 
 from asl.data.annotations import Annotations
 from asl.data.partial import fixed_per_class, random_per_sample, simulate
@@ -121,7 +120,7 @@ def test_a_wrong_scheme_is_named(case, scheme, message):
 @pytest.fixture(scope="module")
 def coco():
     """The real labels of MS-COCO train2014."""
-    path = SHARED / "labels" / "coco_train2014.txt"
+    path = Path(__file__).parents[3] / "shared" / "data" / "labels" / "coco_train2014.txt"
     if not path.is_file():
         pytest.skip(f"no labels of MS-COCO: {path}")
     images = [line.replace(",", " ").split()[1:] for line in path.read_text().splitlines()]

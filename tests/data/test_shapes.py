@@ -20,7 +20,7 @@ from asl.data.readers.shapes import CLASSES, FREQUENCIES, VERSION, draw_shapes
 from asl.errors import DataError
 
 SPLITS = {"train2014": 200, "val2014": 40}
-SOURCE = Path(__file__).resolve().parents[1] / "src"
+SOURCE = Path(__file__).resolve().parents[2] / "src"
 
 
 def draw(root, processes=2):

@@ -187,7 +187,7 @@ def test_a_table_that_is_not_utf_8_or_not_parquet_is_an_error(tmp_path):
 def test_a_damaged_table_does_not_get_the_memory_it_asks_for():
     """Its bytes are the fuzzer's: a page that claims a negative number of values."""
     with pytest.raises(DataError, match=r"damaged.parquet cannot be read: .*number of values"):
-        table(Path(__file__).parent / "golden/damaged.parquet", "train")
+        table(Path(__file__).parents[1] / "golden/damaged.parquet", "train")
 
 
 def test_what_is_there_is_said_for_what_is_not(tmp_path):

@@ -1,16 +1,10 @@
 """The VOC reader, on small trees in VOC's layout and on the real lists of VOC 2007."""
 
-import os
-from pathlib import Path
-
 import pytest
 
 from asl.data.readers.voc import splits, voc
 from asl.errors import DataError, UsageError
 
-REAL = Path(
-    os.environ.get("ASL_VOC_ROOT", Path(__file__).parents[2] / "shared" / "data" / "VOCdevkit")
-)
 LISTS = {"cat": "000012 -1\n000017  1\n000023  0\n", "bird": "000012  1\n000017 -1\n000023  1\n"}
 
 
@@ -95,13 +89,12 @@ def test_what_is_there_is_said_for_what_is_not(tmp_path):
         voc(tmp_path / "ImageSets", "train")
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="VOC 2007 is not there (ASL_VOC_ROOT names it)")
 @pytest.mark.parametrize(("split", "images", "cats"), [("train", 2501, 163), ("val", 2510, 174)])
-def test_voc_2007_has_its_published_counts(split, images, cats):
-    data = voc(REAL, split)
+def test_voc_2007_has_its_published_counts(voc_root, split, images, cats):
+    data = voc(voc_root, split)
     assert len(data) == images
     assert data.num_classes == 20
     assert data.classes == tuple(sorted(data.classes))
-    ignored = voc(REAL, split, difficult="ignore")
+    ignored = voc(voc_root, split, difficult="ignore")
     assert (data.counts(1) == ignored.counts(1) + ignored.counts(-1)).all()
     assert ignored.counts(1)[data.classes.index("cat")] == cats

@@ -3,15 +3,16 @@
 A data set is four things: a folder, file names in it, class names, and labels. Labels are stored
 by row (compressed sparse rows) with one implied value for the cells that are not stored, so that
 MS-COCO (every cell known, three of 80 positive) and Open Images (nine million images, 9,605
-classes, a handful of known cells each) go the same way. All of it lives in a few NumPy arrays:
-worker processes share them with the parent, where nine million Python strings would be copied into
-each.
+classes, a handful of known cells each) go the same way. All of it lives in a few NumPy arrays,
+because worker processes share them with the parent. Nine million Python strings would be copied
+into each worker.
 """
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -55,9 +56,9 @@ class Annotations:
         So "present" wins over "absent", and both over "not annotated": several objects of one
         class, or several annotators of one image, are the usual reasons for repetition.
         """
-        # One number per cell, so that one sort in place brings the cells in order, and of each the
-        # largest value to the front. A lexsort of three arrays takes longer and copies all three,
-        # which for the sixty million cells of Open Images is gigabytes.
+        # Each cell becomes one number, so that one sort in place puts the cells in order, and the
+        # largest value of a repeated cell first. A lexsort of three arrays takes longer and copies
+        # all three: gigabytes for the sixty million cells of Open Images.
         cell = np.asarray(rows, dtype=np.int64) * len(classes)
         cell += np.asarray(columns, dtype=np.int32)
         cell *= 4
@@ -65,9 +66,9 @@ class Annotations:
         cell.sort()
         value = PRESENT - (cell & 3).astype(np.int8)
         cell >>= 2
-        keep = value != implied
-        keep[1:] &= cell[1:] != cell[:-1]
-        cell, value = cell[keep], value[keep]
+        stored = value != implied
+        stored[1:] &= cell[1:] != cell[:-1]
+        cell, value = cell[stored], value[stored]
         column = (cell % len(classes)).astype(np.int32)
         cell //= len(classes)
         indptr = np.zeros(len(files) + 1, dtype=np.int64)
@@ -116,48 +117,51 @@ class Annotations:
 
     def subset(self, rows: npt.ArrayLike) -> "Annotations":
         """The given rows (numbers or a mask), in that order, as `Annotations` of their own."""
-        keep = np.arange(len(self))[np.asarray(rows)]
-        lengths = np.diff(self.indptr)[keep]
+        rows = np.asarray(rows)
+        if not rows.size:
+            rows = rows.astype(np.int64)  # NumPy makes floats of an empty list
+        chosen = np.arange(len(self))[rows]
+        lengths = np.diff(self.indptr)[chosen]
         indptr = np.concatenate([[0], np.cumsum(lengths)])
-        stored = np.repeat(self.indptr[keep] - indptr[:-1], lengths) + np.arange(indptr[-1])
+        stored = np.repeat(self.indptr[chosen] - indptr[:-1], lengths) + np.arange(indptr[-1])
         return replace(
             self,
-            files=self.files[keep],
+            files=self.files[chosen],
             indptr=indptr,
             indices=self.indices[stored],
             values=self.values[stored],
         )
 
     def with_classes(self, columns: npt.ArrayLike, names: Sequence[str]) -> "Annotations":
-        """Keep the given classes, by number and in that order, under new names."""
-        place = np.full(self.num_classes, -1, dtype=np.int32)
-        place[np.asarray(columns)] = np.arange(len(names))
+        """Only the given classes, by number and in that order, under new names."""
+        new_column = np.full(self.num_classes, -1, dtype=np.int32)
+        new_column[np.asarray(columns)] = np.arange(len(names))
         rows = np.repeat(np.arange(len(self)), np.diff(self.indptr))
-        keep = place[self.indices] >= 0
+        chosen = new_column[self.indices] >= 0
         return self.from_cells(
             self.root,
             self.files,
             tuple(names),
-            rows[keep],
-            place[self.indices[keep]],
-            self.values[keep],
+            rows[chosen],
+            new_column[self.indices[chosen]],
+            self.values[chosen],
             self.implied,
         )
 
 
 def files_exist(annotations: Annotations) -> npt.NDArray[np.bool_]:
-    """Whether the file of each image is there: (N,) bool."""
-    # One directory listing in place of a stat per file: 2 s where 9 million stats take minutes,
-    # and on network file systems hours.
+    """Whether the file of each image exists: (N,) bool."""
+    # Each folder is listed once. A stat for each of 9 million files takes minutes where the listing
+    # takes 2 s, and hours on a network file system.
     listings: dict[bytes, set[bytes]] = {}
-    there = np.zeros(len(annotations), dtype=bool)
+    exists = np.zeros(len(annotations), dtype=bool)
     root = os.fsencode(annotations.root)
-    for index, name in enumerate(annotations.files):
-        folder, _, leaf = bytes(name).rpartition(b"/")
+    for index, file in enumerate(annotations.files):
+        folder, _, name = bytes(file).rpartition(b"/")
         if folder not in listings:
             listings[folder] = _listing(root + b"/" + folder)
-        there[index] = leaf in listings[folder]
-    return there
+        exists[index] = name in listings[folder]
+    return exists
 
 
 def _listing(folder: bytes) -> set[bytes]:
@@ -169,29 +173,32 @@ def _listing(folder: bytes) -> set[bytes]:
         raise DataError(f"{os.fsdecode(folder)} cannot be listed: {error.strerror}") from error
 
 
-def without_missing(annotations: Annotations, missing: str) -> tuple[Annotations, int]:
-    """Look for every image file; `missing` "error" raises, "skip" leaves out those not there.
+def without_missing(
+    annotations: Annotations, policy: Literal["error", "skip"]
+) -> tuple[Annotations, int]:
+    """Look for every image file; `policy` "error" raises, "skip" leaves out the missing ones.
 
-    Returns the annotations of what is there and the number that was left out. Raises `DataError`
-    that counts the missing files and names the first three, or if no file at all is left.
+    Returns the annotations of the files that exist and the number of those that were left out.
+    Raises `DataError` that counts the missing files and names the first three, or if no file at all
+    is left.
     """
-    there = files_exist(annotations)
-    absent = np.flatnonzero(~there)
-    if not len(absent):
+    exists = files_exist(annotations)
+    missing = np.flatnonzero(~exists)
+    if not len(missing):
         return annotations, 0
-    named = ", ".join(annotations.path(i) for i in absent[:3])
-    message = f"{len(absent):,} of {len(annotations):,} images are missing: {named}"
-    message += ", ..." if len(absent) > 3 else ""
-    message += _other_case(Path(annotations.path(absent[0])))
-    if len(absent) == len(annotations):
+    named = ", ".join(annotations.path(i) for i in missing[:3])
+    message = f"{len(missing):,} of {len(annotations):,} images are missing: {named}"
+    message += ", ..." if len(missing) > 3 else ""
+    message += _other_case(Path(annotations.path(missing[0])))
+    if len(missing) == len(annotations):
         raise DataError(f"{message}. Is {annotations.root} the right folder?")
-    if missing == "error":
+    if policy == "error":
         raise DataError(f"{message}. Use --missing-images skip to go on without them.")
-    return annotations.subset(there), len(absent)
+    return annotations.subset(exists), len(missing)
 
 
 def _other_case(path: Path) -> str:
-    # .jpg in the list and .JPG on the disk is one file on Windows and macOS, and two elsewhere.
+    # A list may say .jpg where the disk has .JPG: one file on Windows and macOS, elsewhere two.
     if path.parent.is_dir():
         for entry in path.parent.iterdir():
             if entry.name.casefold() == path.name.casefold():

@@ -1,8 +1,8 @@
-"""The parsed-annotations cache: a data set is parsed once, after that its arrays are loaded.
+"""The cache of parsed annotations: a data set is parsed once, after that its arrays are loaded.
 
 MS-COCO's JSON takes seconds to parse and Open Images' CSVs minutes; their arrays load at the speed
-of the disk. Every rank may write: a file appears under its name only when it is complete, and which
-of several equal ones stays does not matter.
+of the disk. Every rank may write: a file appears under its name only when it is complete, and all
+ranks write the same.
 """
 
 import json
@@ -16,38 +16,42 @@ import numpy as np
 from asl.atomic import replacing
 from asl.data.annotations import Annotations
 
-FORMAT = 1  # of the files written here; a reader's own version is part of its key
+FORMAT = 1  # the version of the files written here; that of the reader is part of the key
 ARRAYS = ("files", "indptr", "indices", "values")
 log = logging.getLogger("asl")
 
 
-def cached(parse: Callable[[], Annotations], path: Path, key: object) -> Annotations:
-    """What `parse` returned when last called with this `key`: from the file `path`, else anew.
+def cache_folder() -> Path:
+    """The folder where parsed annotations are cached, in that of the user for caches."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "asl"
 
-    `key` is anything that JSON can hold; a file with another key is outdated and replaced in
-    silence. A damaged file (zip checksums find a single wrong bit) is replaced with a warning; one
-    that cannot be written costs a warning too, not the run.
+
+def cached(parse: Callable[[], Annotations], path: Path, key: object) -> Annotations:
+    """What `parse` returned when it was last called with this `key`: from the file `path`, or anew.
+
+    `key` is anything that JSON can hold. A file with another key is out of date and is replaced
+    without a message. A damaged file (zip checksums find a single wrong bit) is replaced with a
+    warning. If the file cannot be written, that costs a warning too, not the run.
     """
     key = json.dumps([FORMAT, key])
     try:
-        kept = _load(path, key)
+        annotations = _load(path, key)
     except Exception as error:  # zipfile answers damage with any of a dozen classes
         log.warning("%s is damaged (%s): the annotations are parsed anew", path, error)
-        kept = None
-    if kept is not None:
-        return kept
-    annotations = parse()
-    try:
-        _save(annotations, path, key)
-    except OSError as error:
-        log.warning("the parsed annotations cannot be kept: %s", error)
+        annotations = None
+    if annotations is None:
+        annotations = parse()
+        try:
+            _save(annotations, path, key)
+        except OSError as error:
+            log.warning("the parsed annotations cannot be cached: %s", error)
     return annotations
 
 
 def fingerprint(sources: Iterable[Path]) -> list[list[str | int]]:
-    """What tells a changed source: its path, size and modification time; of a folder its path."""
+    """What changes with a source: its path, size and modification time; of a folder its path."""
     return [
-        [os.path.abspath(path)]  # noqa: PTH100 (links stay as written)
+        [os.path.abspath(path)]  # noqa: PTH100 (it does not follow links)
         + ([path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else [])
         for path in sources
     ]
@@ -56,15 +60,15 @@ def fingerprint(sources: Iterable[Path]) -> list[list[str | int]]:
 def _load(path: Path, key: str) -> Annotations | None:
     if not path.exists():
         return None
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as kept:
-        about = json.loads(str(kept["about"]))
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        about = json.loads(str(archive["about"]))
         if about["key"] != key:
             return None
         return Annotations(
             root=Path(about["root"]),
             classes=tuple(about["classes"]),
             implied=about["implied"],
-            **{name: kept[name] for name in ARRAYS},
+            **{name: archive[name] for name in ARRAYS},
         )
 
 

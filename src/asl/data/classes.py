@@ -1,4 +1,4 @@
-"""Class names: matched between model and data set by name, never by position; and spelled out."""
+"""Class names: matching those of a model and a data set, by name and never by position."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ import numpy.typing as npt
 from asl.data.files import read_rows
 from asl.errors import DataError
 
-# What one class is called by VOC, COCO and Open Images. Case, spaces, "-" and "_" never count, so
+# The names of one class in VOC, COCO and Open Images. Case, spaces, "-" and "_" never count, so
 # "dining table" (COCO) and "diningtable" (VOC) need no entry.
 SYNONYMS = (
     ("aeroplane", "airplane"),
@@ -31,14 +31,15 @@ def match_classes(have: Sequence[str], want: Sequence[str]) -> npt.NDArray[np.in
 
     Raises `DataError` that lists what has no match, on both sides.
     """
-    levels = [(spell, _positions(have, spell)) for spell in (_exact, _loose, _canonical)]
+    rules = [(spell, _unique(have, spell)) for spell in (_exact, _loose, _canonical)]
     found = [
-        next((at[spell(name)] for spell, at in levels if spell(name) in at), None) for name in want
+        next((unique[spell(name)] for spell, unique in rules if spell(name) in unique), None)
+        for name in want
     ]
-    taken = Counter(found)
-    unmatched = [name for name, at in zip(want, found, strict=True) if at is None or taken[at] > 1]
+    uses = Counter(found)
+    unmatched = [name for name, at in zip(want, found, strict=True) if at is None or uses[at] > 1]
     if unmatched:
-        others = [name for at, name in enumerate(have) if taken[at] != 1]
+        others = [name for at, name in enumerate(have) if uses[at] != 1]
         raise DataError(
             f"{len(unmatched)} of {len(want)} classes have no match: {_some(unmatched)} "
             f"(unmatched among the {len(have)} there: {_some(others)})"
@@ -47,11 +48,11 @@ def match_classes(have: Sequence[str], want: Sequence[str]) -> npt.NDArray[np.in
 
 
 def read_descriptions(path: Path) -> dict[str, str]:
-    """What classes are called, by class: Open Images' CSV of machine ids and display names.
+    """The display name of each class, by machine id: Open Images' CSV.
 
-    Several classes may have one display name (12 of Open Images' do): show it, but match by class.
+    Several classes may have one display name (12 of Open Images' do): show it, but match by id.
 
-    Raises `DataError` for a file that is not there or a row that has not two cells.
+    Raises `DataError` for a missing file or a row that has not two cells.
     """
     names = {}
     for row, cells in enumerate(read_rows(path), start=1):
@@ -62,7 +63,8 @@ def read_descriptions(path: Path) -> dict[str, str]:
     return names
 
 
-def _positions(names: Sequence[str], spell: Callable[[str], str]) -> dict[str, int]:
+def _unique(names: Sequence[str], spell: Callable[[str], str]) -> dict[str, int]:
+    """Where each spelling stands that only one of the names has."""
     spelled = [spell(name) for name in names]
     count = Counter(spelled)
     return {name: position for position, name in enumerate(spelled) if count[name] == 1}

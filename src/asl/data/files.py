@@ -1,6 +1,7 @@
-"""The files of a data set: what to say of one that is not there, reading text, image names."""
+"""The files of a data set: errors for missing ones, reading text and CSVs, names of images."""
 
 import csv
+import io
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,44 +13,35 @@ from asl.errors import DataError, UsageError
 
 
 def not_found(path: Path) -> DataError:
-    """The error for a file or folder that is not there: it says what is there instead."""
+    """The error for a file or folder that is missing: it says what is there instead."""
     folder = path.parent
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():
         return DataError(f"{path} is not there: {folder} is not a folder")
-    there = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
-    listed = ", ".join(there[:8]) + ", ..." * (len(there) > 8)
+    names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
+    listed = ", ".join(names[:8]) + ", ..." * (len(names) > 8)
     return DataError(f"{path} is not there: {folder} holds {listed or 'nothing'}")
 
 
 def unreadable(path: Path, error: OSError) -> DataError:
-    """The error for a file or folder that is there, but that the system does not let us read."""
+    """The error for a file or folder that exists, but that the system does not let us read."""
     return DataError(f"{path} cannot be read: {error.strerror}")
 
 
-def no_split(split: str, there: Sequence[str], path: Path) -> UsageError | DataError:
-    """The error for a split that was looked for at `path`: it names those that are there."""
-    if not there:
+def no_split(split: str, existing: Sequence[str], path: Path) -> UsageError | DataError:
+    """The error for a split that was looked for at `path`: it names the existing ones."""
+    if not existing:
         return not_found(path)
-    return UsageError(f"no split {split!r} ({path}): choose from {', '.join(there)}")
+    return UsageError(f"no split {split!r} ({path}): choose from {', '.join(existing)}")
 
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a UTF-8 text file, without a byte order mark.
 
-    Raises `DataError` if the file is not there, cannot be read, or a line is not UTF-8.
+    Raises `DataError` if the file is missing, cannot be read, or a line is not UTF-8.
     """
-    if not path.is_file():
-        raise not_found(path)
-    try:
-        data = path.read_bytes()
-        return data.decode("utf-8-sig").splitlines()
-    except OSError as error:
-        raise unreadable(path, error) from error
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}: line {line} is not UTF-8 (byte {error.start:,})") from None
+    return _read_text(path).splitlines()
 
 
 def read_rows(path: Path) -> list[list[str]]:
@@ -57,11 +49,25 @@ def read_rows(path: Path) -> list[list[str]]:
 
     Raises `DataError` as `read_lines` does, and for quotes that do not match.
     """
-    rows = csv.reader(read_lines(path), strict=True)
+    # The parser gets the text with its line breaks: those between quotes belong to a cell.
+    rows = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
     try:
         return list(rows)
     except csv.Error as error:
         raise DataError(f"{path}: line {rows.line_num}: {error}") from None
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise not_found(path)
+    try:
+        data = path.read_bytes()
+        return data.decode("utf-8-sig")
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}: line {line} is not UTF-8 (byte {error.start:,})") from None
 
 
 def image_names(
@@ -69,8 +75,8 @@ def image_names(
 ) -> npt.NDArray[np.bytes_]:
     """File names as `Annotations.files` wants them: (N,) bytes, relative to `root`, each once.
 
-    An absolute path is taken if it lies under `root`. A name that does not, is empty or is given
-    twice raises a `DataError`, in which `place(i)` says where name i stands.
+    An absolute path is taken if it lies under `root`. A name that is empty, leads out of `root` or
+    is given twice raises a `DataError`, in which `place(i)` says where name i stands.
     """
     first: dict[str, int] = {}
     for index, name in enumerate(names):
@@ -84,6 +90,6 @@ def image_names(
 
 def _relative(name: str, root: Path) -> str | None:
     if name.startswith("/"):
-        name = os.path.relpath(name, os.path.abspath(root))  # noqa: PTH100 (links stay as written)
+        name = os.path.relpath(name, os.path.abspath(root))  # noqa: PTH100 (it does not follow links)
     path = os.path.normpath(name)
     return None if path in (".", "..") or path.startswith("../") or "\0" in path else path

@@ -1,8 +1,8 @@
 """Partial labels from full ones, as the CSL paper (arXiv 2110.10955) simulates them.
 
 Both schemes hide labels: a hidden cell becomes -1, and nothing in the result tells what it was.
-Cells that were not annotated to begin with stay so. What is kept is drawn class by class, each from
-a random stream of its own that hangs on the seed and the number of the class alone.
+Cells that are not annotated stay so. The cells that stay known are drawn class by class, each from
+a random stream of its own that depends on the seed and the number of the class alone.
 """
 
 from collections.abc import Callable, Iterator
@@ -54,7 +54,7 @@ def fixed_per_class(annotations: Annotations, n: int, seed: int) -> Annotations:
         count = min(n, len(present))
         return random.permutation(present)[:count], random.permutation(absent)[:count]
 
-    return _keep(annotations, seed, choose)
+    return _with_cells(annotations, seed, choose)
 
 
 def random_per_sample(annotations: Annotations, p: float, seed: int) -> Annotations:
@@ -66,28 +66,28 @@ def random_per_sample(annotations: Annotations, p: float, seed: int) -> Annotati
             absent[random.random(len(absent)) >= p],
         )
 
-    return _keep(annotations, seed, choose)
+    return _with_cells(annotations, seed, choose)
 
 
-def _keep(
+def _with_cells(
     annotations: Annotations,
     seed: int,
     choose: Callable[[np.random.Generator, Rows, Rows], tuple[Rows, Rows]],
 ) -> Annotations:
-    """The cells that `choose` picks, class by class, from the rows that have and lack the class."""
-    kept = [
+    """Only the cells that `choose` picks, for a class from its present rows and its absent rows."""
+    chosen = [
         rows
-        # Philox, where the order of the images is drawn from NumPy's default generator: with the
+        # Philox, because the order of the images is drawn from NumPy's default generator: with the
         # same numbers as seed, the two must not draw alike.
-        for number, (present, absent) in enumerate(_by_class(annotations))
-        for rows in choose(np.random.Generator(np.random.Philox([seed, number])), present, absent)
+        for column, (present, absent) in enumerate(_by_class(annotations))
+        for rows in choose(np.random.Generator(np.random.Philox([seed, column])), present, absent)
     ]
-    counts = [len(rows) for rows in kept]
+    counts = [len(rows) for rows in chosen]
     return Annotations.from_cells(
         annotations.root,
         annotations.files,
         annotations.classes,
-        np.concatenate(kept),
+        np.concatenate(chosen),
         np.repeat(np.repeat(np.arange(annotations.num_classes), 2), counts),
         np.repeat(np.tile([PRESENT, ABSENT], annotations.num_classes), counts),
         implied=UNANNOTATED,
@@ -96,12 +96,12 @@ def _keep(
 
 def _by_class(annotations: Annotations) -> Iterator[tuple[Rows, Rows]]:
     """The rows in which a class is present and those in which it is absent, for every class."""
-    every = np.arange(len(annotations))
+    all_rows = np.arange(len(annotations))
     order = np.argsort(annotations.indices, kind="stable")
-    rows = np.repeat(every, np.diff(annotations.indptr))[order]
+    rows = np.repeat(all_rows, np.diff(annotations.indptr))[order]
     values = annotations.values[order]
     ends = np.cumsum(np.bincount(annotations.indices, minlength=annotations.num_classes))[:-1]
     for stored, value in zip(np.split(rows, ends), np.split(values, ends), strict=True):
         implied = annotations.implied == ABSENT
-        absent = np.delete(every, stored) if implied else stored[value == ABSENT]
+        absent = np.delete(all_rows, stored) if implied else stored[value == ABSENT]
         yield stored[value == PRESENT], absent

@@ -1,26 +1,83 @@
-"""Data sets: `read` turns any of them into `Annotations`; everything behind it is the same code.
-
-A reader is a module of this package with a function of its own name, which parses one split, and
-beside it `splits` (those that are there), `sources` (the files it parses and the folder of the
-images), `DEFAULT_SPLITS` (pairs for training and validation, in order of preference) and `VERSION`
-(raised when it comes to return something else for the same files, as parsed annotations are kept).
-"""
+"""Data sets: `read` turns any of them into `Annotations`; everything behind it is the same code."""
 
 import difflib
 import hashlib
-import importlib
-import inspect
 import json
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
+from typing import Literal, NamedTuple
 
 from asl.data.annotations import PRESENT, Annotations
 from asl.data.cache import cached, fingerprint
+from asl.data.readers import coco, nus_wide, openimages, shapes, table, voc
 from asl.errors import UsageError
 
-READERS = ("coco", "nus_wide", "openimages", "shapes", "table", "voc")
 log = logging.getLogger("asl")
+
+
+class Reader(NamedTuple):
+    """What is known of a layout. Options have the names of the settings that they come from.
+
+    `read(root, split, **options)` parses a split, `splits(root)` lists the existing ones, and
+    `sources(root, split, **options)` are the files that `read` parses and the folder of the images.
+    `usual_splits` are pairs for training and validation, the preferred one first. A new `version`
+    makes cached annotations out of date: `read` returns something else for the same files.
+    """
+
+    read: Callable[..., Annotations]
+    splits: Callable[[Path], list[str]]
+    sources: Callable[..., Sequence[Path]]
+    usual_splits: tuple[tuple[str, str], ...]
+    options: tuple[str, ...] = ()
+    version: int = 1
+
+
+READERS: dict[str, Reader] = {
+    "coco": Reader(
+        coco.coco,
+        coco.splits,
+        coco.sources,
+        (("train2014", "val2014"), ("train2017", "val2017"), ("train", "val")),
+        options=("all_images", "image_folder"),
+    ),
+    "voc": Reader(
+        voc.voc,
+        voc.splits,
+        voc.sources,
+        (("trainval", "test"), ("train", "val")),
+        options=("difficult",),
+    ),
+    "nus_wide": Reader(
+        nus_wide.nus_wide,
+        nus_wide.splits,
+        nus_wide.sources,
+        (("train", "val"),),
+        options=("image_folder",),
+    ),
+    "openimages": Reader(
+        openimages.openimages,
+        openimages.splits,
+        openimages.sources,
+        (("train", "test"), ("train", "validation")),
+        options=("machine_generated", "class_list", "image_folder"),
+    ),
+    "table": Reader(
+        table.table,
+        table.splits,
+        table.sources,
+        (("train", "val"), ("train", "valid"), ("train", "test")),
+        options=("image_folder", "val_share", "split_seed"),
+        version=2,
+    ),
+    "shapes": Reader(
+        shapes.shapes,
+        shapes.splits,
+        shapes.sources,
+        (("train2014", "val2014"),),
+        version=shapes.VERSION,
+    ),
+}
 
 
 def read(
@@ -35,55 +92,52 @@ def read(
     files that are missing or wrong.
     """
     reader, root = _reader(dataset), Path(root)
-    parse = getattr(reader, dataset)
     options = {name: value for name, value in options.items() if value is not None}
-    takes = list(inspect.signature(parse).parameters)[2:]
-    for name in options.keys() - takes:
-        raise UsageError(f"data set {dataset} has no option {name!r}, only: {', '.join(takes)}")
+    for name in options.keys() - {*reader.options}:
+        known = ", ".join(reader.options) or "none"
+        raise UsageError(f"data set {dataset} has no option {name!r}, only: {known}")
     if cache_dir is None:
-        annotations: Annotations = parse(root, split, **options)
+        annotations = reader.read(root, split, **options)
     else:
         request = [dataset, str(root), split, options]
         name = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:12]
         annotations = cached(
-            lambda: parse(root, split, **options),
+            lambda: reader.read(root, split, **options),
             cache_dir / f"{dataset}-{name}.npz",
-            [reader.VERSION, request, fingerprint(reader.sources(root, split, **options))],
+            [reader.version, request, fingerprint(reader.sources(root, split, **options))],
         )
-    never = [annotations.classes[c] for c in (annotations.counts(PRESENT) == 0).nonzero()[0]]
-    if never:
-        named = ", ".join(never[:3]) + ", ..." * (len(never) > 3)
+    unseen = [annotations.classes[c] for c in (annotations.counts(PRESENT) == 0).nonzero()[0]]
+    if unseen:
+        named = ", ".join(unseen[:3]) + ", ..." * (len(unseen) > 3)
         total = annotations.num_classes
-        log.warning("%d of %d classes are in no image of %s: %s", len(never), total, split, named)
+        log.warning("%d of %d classes are in no image of %s: %s", len(unseen), total, split, named)
     return annotations
 
 
 def splits(dataset: str, root: str | Path) -> list[str]:
-    """The splits of a data set that are there."""
-    there: list[str] = _reader(dataset).splits(Path(root))
-    return there
+    """The existing splits of a data set."""
+    return _reader(dataset).splits(Path(root))
 
 
-def default_split(dataset: str, root: str | Path, role: str) -> str:
+def default_split(dataset: str, root: str | Path, role: Literal["train", "val"]) -> str:
     """The split that a data set is trained on (`role` "train") or validated on ("val").
 
-    That is what the papers use where its files are there (COCO 2014 before 2017; VOC trainval and
-    test before train and val). Raises `UsageError` if there are only splits of other names.
+    It is the one that the papers use, where its files exist (COCO 2014 before 2017; VOC trainval
+    and test before train and val). Raises `UsageError` if there are only splits of other names.
     """
-    there = splits(dataset, root)
+    existing = splits(dataset, root)
     side = ("train", "val").index(role)
-    # The most complete pair first: with val2017 alone downloaded, (train2017, val2017) it is.
-    pairs = sorted(_reader(dataset).DEFAULT_SPLITS, key=lambda pair: -len({*pair} & {*there}))
-    choice = [str(pair[side]) for pair in pairs if pair[side] in there or not there]
+    # The most complete pair comes first: with only val2017 on the disk, it is that of 2017.
+    pairs = sorted(_reader(dataset).usual_splits, key=lambda pair: -len({*pair} & {*existing}))
+    choice = [pair[side] for pair in pairs if pair[side] in existing or not existing]
     if not choice:
-        raise UsageError(f"{root} has no usual split, name the {role} one: {', '.join(there)}")
+        raise UsageError(f"{root} has no usual split, name the {role} one: {', '.join(existing)}")
     return choice[0]
 
 
-def _reader(dataset: str) -> ModuleType:
-    # Imported when asked for: the readers need libraries (msgspec, polars) that nothing else does.
+def _reader(dataset: str) -> Reader:
     if dataset not in READERS:
         near = difflib.get_close_matches(dataset, READERS, n=1)
         hint = f": did you mean {near[0]!r}?" if near else f": choose from {', '.join(READERS)}"
         raise UsageError(f"no data set {dataset!r}{hint}")
-    return importlib.import_module(f"asl.data.readers.{dataset}")
+    return READERS[dataset]

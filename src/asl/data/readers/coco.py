@@ -4,7 +4,10 @@ annotations/instances_train2014.json        images, annotations, categories
 train2014/COCO_train2014_000000000009.jpg
 """
 
+import codecs
+import json
 import mmap
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,23 +17,20 @@ from asl.data.annotations import ABSENT, PRESENT, UNANNOTATED, Annotations
 from asl.data.files import image_names, no_split, unreadable
 from asl.errors import DataError
 
-VERSION = 1
-DEFAULT_SPLITS = (("train2014", "val2014"), ("train2017", "val2017"), ("train", "val"))
-
-Id = int | str
+Id = int | float | str  # some converters write 1.0, which Python finds under the key 1
 
 
 class Image(msgspec.Struct):
     """What is read of an entry of `images`; LVIS gives a URL in place of the file name."""
 
     id: Id
-    file_name: str = ""
-    coco_url: str = ""
+    file_name: str | None = None
+    coco_url: str | None = None
     neg_category_ids: list[Id] | None = None
 
 
 class Object(msgspec.Struct, gc=False):
-    """What is read of an entry of `annotations`."""
+    """What is read of an entry of `annotations`; without `gc`, as COCO has 600,000."""
 
     image_id: Id
     category_id: Id
@@ -75,34 +75,34 @@ def coco(
     """
     path, folder = sources(root, split, image_folder=image_folder)
     data = _decode(path)
-    columns = _numbers([c.id for c in data.categories], f"{path}: categories", "id")
-    _numbers([c.name for c in data.categories], f"{path}: categories", "name")
-    listed = _numbers([image.id for image in data.images], f"{path}: images", "id")
+    column_of = _positions([c.id for c in data.categories], f"{path}: categories", "id")
+    _positions([c.name for c in data.categories], f"{path}: categories", "name")
+    position_of = _positions([image.id for image in data.images], f"{path}: images", "id")
     owners = [o.image_id for o in data.annotations]
-    place_of = _look_up(owners, listed, lambda i: f"{path}: annotations[{i}].image_id")
+    positions = _look_up(owners, position_of, lambda i: f"{path}: annotations[{i}].image_id")
 
-    images = data.images if all_images else [data.images[i] for i in dict.fromkeys(place_of)]
+    images = data.images if all_images else [data.images[i] for i in dict.fromkeys(positions)]
     if not images:
         raise DataError(f"{path}: annotations is empty, no image has a label")
-    rows = {image.id: row for row, image in enumerate(images)}
+    row_of = {image.id: row for row, image in enumerate(images)}
     absent = [(image.id, c) for image in images for c in image.neg_category_ids or ()]
     return Annotations.from_cells(
         folder,
         image_names(
             [_file_name(image) for image in images],
             folder,
-            lambda row: f"{path}: images[{listed[images[row].id]}].file_name",
+            lambda row: f"{path}: images[{position_of[images[row].id]}].file_name",
         ),
         tuple(category.name for category in data.categories),
-        [rows[image] for image in owners] + [rows[image] for image, _ in absent],
+        [row_of[image] for image in owners] + [row_of[image] for image, _ in absent],
         _look_up(
             [o.category_id for o in data.annotations],
-            columns,
+            column_of,
             lambda i: f"{path}: annotations[{i}].category_id",
         )
         + _look_up(
             [category for _, category in absent],
-            columns,
+            column_of,
             lambda i: f"{path}: neg_category_ids of image {absent[i][0]!r}",
         ),
         [PRESENT] * len(owners) + [ABSENT] * len(absent),
@@ -111,9 +111,11 @@ def coco(
 
 
 def splits(root: Path) -> list[str]:
-    """The splits that `root/annotations` holds a JSON of."""
-    found = (root / "annotations").glob("*.json")
-    return sorted(path.stem.removeprefix("instances_") for path in found)
+    """The splits that `root/annotations` holds a JSON of, those of captions and the like aside."""
+    names = sorted(path.stem for path in (root / "annotations").glob("*.json"))
+    # The official archives hold captions_train2014.json and others beside the instances.
+    instances = [name for name in names if name.startswith("instances_")]
+    return [name.removeprefix("instances_") for name in instances or names]
 
 
 def sources(root: Path, split: str, *, image_folder: str = "", **_: object) -> tuple[Path, Path]:
@@ -122,25 +124,25 @@ def sources(root: Path, split: str, *, image_folder: str = "", **_: object) -> t
     path = next((root / name for name in candidates if (root / name).is_file()), None)
     if path is None:
         raise no_split(split, splits(root), root / candidates[0])
-    folders = [root / split, root / "images" / split, root / "images"]
-    beside = root if path.parent.name == "annotations" else path.parent
     if image_folder:
         return path, root / image_folder
+    folders = [root / split, root / "images" / split, root / "images"]
+    beside = root if path.parent.name == "annotations" else path.parent
     return path, next((folder for folder in folders if folder.is_dir()), beside)
 
 
 def _decode(path: Path) -> Instances:
-    # Typed decoding from a map of the file: neither its text nor the fields that are not wanted
-    # ever become Python objects.
+    # The decoder works on a map of the file. Neither its text nor the fields that are not needed
+    # become Python objects.
     try:
         with path.open("rb") as file:
             if not path.stat().st_size:
                 raise DataError(f"{path} is empty")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-                data = msgspec.json.decode(text, type=Instances)
+                data = _instances(text)
     except OSError as error:
         raise unreadable(path, error) from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, ValueError, OverflowError, RecursionError) as error:
         raise DataError(f"{path} is not a JSON in COCO's instances format: {error}") from None
     for name in ("categories", "images"):
         if not getattr(data, name):
@@ -148,17 +150,33 @@ def _decode(path: Path) -> Instances:
     return data
 
 
-def _numbers(ids: Sequence[Id], place: str, field: str) -> dict[Id, int]:
-    numbers: dict[Id, int] = {}
-    for index, name in enumerate(ids):
-        if numbers.setdefault(name, index) != index:
-            raise DataError(f"{place}[{index}].{field}: {name!r} is also that of [{numbers[name]}]")
-    return numbers
-
-
-def _look_up(ids: Sequence[Id], numbers: dict[Id, int], place: Callable[[int], str]) -> list[int]:
+def _instances(text: mmap.mmap) -> Instances:
+    decode = msgspec.json.Decoder(Instances).decode
+    content = text[3:] if text[:3] == codecs.BOM_UTF8 else text
     try:
-        return [numbers[name] for name in ids]
+        return decode(content)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:
+        # NaN is not JSON, but converters write it for boxes and areas. Python's parser reads it and
+        # needs several times the time and memory. Encoded again, NaN is null.
+        if not re.search(rb"NaN|Infinity", content):
+            raise
+        return decode(msgspec.json.encode(json.loads(content[:])))
+
+
+def _positions(ids: Sequence[Id], place: str, field: str) -> dict[Id, int]:
+    """Where each id stands; raises `DataError` for one that stands there twice."""
+    positions: dict[Id, int] = {}
+    for index, name in enumerate(ids):
+        if (first := positions.setdefault(name, index)) != index:
+            raise DataError(f"{place}[{index}].{field}: {name!r} is also that of [{first}]")
+    return positions
+
+
+def _look_up(ids: Sequence[Id], positions: dict[Id, int], place: Callable[[int], str]) -> list[int]:
+    try:
+        return [positions[name] for name in ids]
     except KeyError as error:
         index = ids.index(error.args[0])
         raise DataError(f"{place(index)}: there is no {ids[index]!r}") from None
@@ -166,4 +184,4 @@ def _look_up(ids: Sequence[Id], numbers: dict[Id, int], place: Callable[[int], s
 
 def _file_name(image: Image) -> str:
     # LVIS has no file names, but URLs that end in train2017/000000391895.jpg.
-    return image.file_name or "/".join(image.coco_url.rsplit("/", 2)[-2:])
+    return image.file_name or "/".join((image.coco_url or "").rsplit("/", 2)[-2:])

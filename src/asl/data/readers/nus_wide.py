@@ -12,15 +12,12 @@ import ast
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 
 from asl.data.annotations import PRESENT, Annotations
 from asl.data.files import image_names, no_split, not_found, read_lines
-from asl.data.readers.table import PLACE, read_text
+from asl.data.readers.table import Table, read_table
 from asl.errors import DataError, UsageError
 
-VERSION = 1
-DEFAULT_SPLITS = (("train", "val"),)
 ORIGINAL = {"train": "Train", "val": "Test"}  # what the zoo calls val is the original's test set
 
 
@@ -31,18 +28,18 @@ def nus_wide(root: Path, split: str, *, image_folder: str = "") -> Annotations:
     label are kept. File names are relative to `image_folder`, which itself is relative to the
     data set's folder; by default that folder for the CSV and `Flickr/` for the original.
 
-    Raises `DataError` for a file that is not there or wrong; it names the row or line.
+    Raises `DataError` for a file that is missing or wrong; it names the row or line.
     """
     *paths, folder = sources(root, split, image_folder=image_folder)
-    read = _zoo if paths[0].suffix == ".csv" else _original
-    return read(paths, split, folder)
+    parse = _zoo if paths[0].suffix == ".csv" else _original
+    return parse(paths, split, folder)
 
 
 def splits(root: Path) -> list[str]:
-    """The splits of the CSV, or those of which there is an image list."""
+    """The splits of the CSV, or those that have an image list."""
     path = _csv(root)
     if path:
-        return sorted(_read_csv(path)["split_name"].unique())
+        return sorted(_read_csv(path).cells["split_name"].unique())
     lists = root / "ImageList"
     return [split for split, name in ORIGINAL.items() if (lists / f"{name}Imagelist.txt").is_file()]
 
@@ -73,44 +70,49 @@ def _csv(root: Path) -> Path | None:
     return paths[0] if paths else None
 
 
-def _read_csv(path: Path) -> pl.DataFrame:
-    frame = read_text(path)
+def _read_csv(path: Path) -> Table:
+    table = read_table(path)
+    existing = table.cells.columns
     for column in ("filepath", "label", "split_name"):
-        if column not in frame.columns:
-            raise DataError(f"{path} has no column {column}, only: {', '.join(frame.columns[:-1])}")
-        for place in frame.filter(pl.col(column).is_null())[PLACE][:1]:
-            raise DataError(f"{place}, column {column}: a cell is empty")
-    return frame
+        if column not in existing:
+            raise DataError(f"{path} has no column {column}, only: {', '.join(existing)}")
+        for row in table.cells[column].is_null().arg_true()[:1]:
+            raise DataError(f"{table.place(row)}, column {column}: a cell is empty")
+    return table
 
 
 def _zoo(paths: list[Path], split: str, folder: Path) -> Annotations:
-    every = _read_csv(paths[0])
-    frame = every.filter(pl.col("split_name") == split)
-    if frame.is_empty():
-        raise no_split(split, sorted(every["split_name"].unique()), paths[0])
+    table = _read_csv(paths[0])
+    chosen = (table.cells["split_name"] == split).arg_true()
+    if chosen.is_empty():
+        raise no_split(split, sorted(table.cells["split_name"].unique()), paths[0])
+    names: dict[str, list[str]] = {}
+    for row, text in enumerate(table.cells["label"]):
+        if text not in names:
+            names[text] = _names(text, table, row)
     # The classes are those of all splits.
-    names = {text: _names(text, place) for text, place in every.select("label", PLACE).iter_rows()}
     classes = sorted({name for label in names.values() for name in label})
-    number = {name: column for column, name in enumerate(classes)}
-    labels = [names[text] for text in frame["label"]]
-    columns = [number[name] for label in labels for name in label]
+    column_of = {name: column for column, name in enumerate(classes)}
+    labels = [names[text] for text in table.cells["label"][chosen]]
+    columns = [column_of[name] for label in labels for name in label]
+    files = table.cells["filepath"][chosen].to_list()
     return Annotations.from_cells(
         folder,
-        image_names(frame["filepath"].to_list(), folder, lambda row: str(frame[PLACE][row])),
+        image_names(files, folder, lambda row: table.place(chosen[row])),
         tuple(classes),
-        np.repeat(np.arange(len(frame)), [len(label) for label in labels]),
+        np.repeat(np.arange(len(labels)), [len(label) for label in labels]),
         columns,
         np.full(len(columns), PRESENT),
     )
 
 
-def _names(text: str, place: str) -> list[str]:
+def _names(text: str, table: Table, row: int) -> list[str]:
     try:
         names = ast.literal_eval(text)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise DataError(f"{place}, column label: {text!r} is not a list of names")
+        raise DataError(f"{table.place(row)}, column label: {text!r} is not a list of names")
     return names
 
 

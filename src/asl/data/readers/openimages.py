@@ -17,8 +17,6 @@ from asl.data.annotations import UNANNOTATED, Annotations
 from asl.data.files import no_split, not_found, read_lines
 from asl.errors import DataError
 
-VERSION = 1
-DEFAULT_SPLITS = (("train", "test"), ("train", "validation"))
 CLASS_LIST = "oidv6-classes-trainable.txt"
 HUMAN, MACHINE = "-annotations-human-imagelabels.csv", "-annotations-machine-imagelabels.csv"
 
@@ -72,7 +70,7 @@ def openimages(
 
 
 def splits(root: Path) -> list[str]:
-    """The splits whose human-verified labels are there."""
+    """The splits that have a file of human-verified labels."""
     paths = [path for folder in _folders(root) for path in folder.glob(f"*{HUMAN}")]
     return sorted({path.name.removeprefix("oidv6-").removesuffix(HUMAN) for path in paths})
 

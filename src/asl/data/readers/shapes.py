@@ -1,10 +1,9 @@
 """The built-in data set: scenes of coloured and patterned shapes, drawn once, in COCO's own format.
 
-Drawn rather than downloaded, so that the demo needs no network, and written as COCO 2014 is, so
-that it goes through the very code that COCO goes through. It has what makes multi-label data hard:
-nine in ten labels of an image are absent, classes are long-tailed, objects overlap and differ
-widely in size, and every shape comes in every fill, so that no colour or texture gives a class away
-by itself.
+It is drawn and not downloaded, so that the demo needs no network. It is written as COCO 2014 is, so
+that COCO's own reader reads it. It has what makes multi-label data hard: nine in ten labels of an
+image are absent, classes are long-tailed, objects overlap and differ widely in size, and every
+shape comes in every fill, so that no colour or texture gives a class away by itself.
 """
 
 import json
@@ -33,8 +32,7 @@ Mask = npt.NDArray[np.bool_]
 Sizes = npt.NDArray[np.int64]
 Fields = dict[str, Any]
 
-VERSION = 1  # raise it with every change to what is drawn: older copies are then drawn anew
-DEFAULT_SPLITS = (("train2014", "val2014"),)
+VERSION = 1  # raise it with every change to what is drawn: then older copies are drawn anew
 
 
 def _star_shaped(*radii: float) -> Floats:
@@ -52,11 +50,11 @@ OUTLINES = {
 # Their hues, a sixth of the circle apart.
 COLOURS = {"red": 0.0, "yellow": 1 / 6, "green": 2 / 6, "cyan": 3 / 6, "blue": 4 / 6, "pink": 5 / 6}
 FILLS = (*COLOURS, "striped", "dotted")
-# From frequent to rare. Going round both lists, head and tail get every shape and every fill.
+# From frequent to rare. Both lists are repeated, so that head and tail have all shapes and fills.
 CLASSES = tuple((FILLS[i % 8], list(OUTLINES)[i % 3]) for i in range(24))
-# How often a class is drawn: the first for one half of the images, the last for 1.4 %. As images
-# without an object are drawn again, 2.5 labels per image come of it. Classes are drawn
-# independently: none tells of another.
+# How often a class is drawn: the first for one half of the images, the last for 1.4 %. Images
+# without an object are drawn again, which gives 2.5 labels per image. Classes are drawn
+# independently of each other.
 FREQUENCIES = np.array([0.46, *np.linspace(0.12, 0.06, 20), 0.045, 0.016, 0.014])
 MOST_OBJECTS = 8
 RADII = (0.15, 0.48)  # of an object, as shares of the image's short side
@@ -64,7 +62,7 @@ LEAST_VISIBLE = 0.7  # of an object's pixels, behind those in front of it
 
 
 def shapes(root: Path, split: str) -> Annotations:
-    """Read a split ("train2014", "val2014"), drawn first where it is not there (`draw_shapes`)."""
+    """Read a split ("train2014", "val2014"); a missing one is drawn first (`draw_shapes`)."""
     return coco.coco(sources(root, split)[0].parents[1], split)
 
 
@@ -74,7 +72,7 @@ def splits(root: Path) -> list[str]:
 
 
 def sources(root: Path, split: str, **_: object) -> tuple[Path, Path]:
-    """The JSON of a split and the folder of its images, both drawn first where they are not there.
+    """The JSON of a split and the folder of its images, drawn first if they are missing.
 
     Raises `DataError` if `root` holds another data set or cannot be written.
     """
@@ -88,15 +86,15 @@ def sources(root: Path, split: str, **_: object) -> tuple[Path, Path]:
 def draw_shapes(
     root: Path, train: int = 2000, val: int = 500, processes: int | None = None
 ) -> None:
-    """Draw the data set into `root` unless it is there: JPEGs of 128 to 208 px.
+    """Draw the data set into `root`, unless `root` holds it already: JPEGs of 128 to 208 px.
 
     `root` gets `train2014/`, `val2014/` and `annotations/instances_{train,val}2014.json`: 24
     categories, from frequent to rare; `bbox` and `area` are those of an object's visible pixels.
     The bytes depend on the versions of this module and of the libraries, not on `processes` (None:
-    one per core). A split's JSON is written last and at once: a set whose drawing was cut short is
-    not taken for complete, and drawn again.
+    one per core). A split's JSON is written last and at once: if the drawing is cut short, the next
+    call draws the split again.
 
-    Raises `DataError` if `root` holds another data set, in place of overwriting it.
+    Raises `DataError` if `root` holds another data set: it is not overwritten.
     """
     for split, length in {"train2014": train, "val2014": val}.items():
         info = {"description": "asl shapes", "version": VERSION, "images": length}
@@ -141,7 +139,7 @@ def _is_complete(target: Path, info: Fields) -> bool:
 
 
 def _end_with_parent() -> None:
-    # The workers of a pool wait for ever when their parent is killed: so each looks out for that.
+    # When the parent of a pool is killed, its workers wait for ever. So each watches the parent.
     def wait() -> None:
         if parent := parent_process():
             parent.join()
@@ -154,7 +152,7 @@ def _draw_image(root: Path, split: str, number: int) -> tuple[Fields, list[Field
     """Write one JPEG; return its entry in COCO's `images` and those in `annotations`."""
     canvas, objects = _draw_scene(np.random.default_rng([len(split), number]))
     name = f"COCO_{split}_{number:012d}.jpg"
-    # Under a name of its own first: several ranks or runs may draw the same set at the same time.
+    # The draft has a name of its own: several ranks or runs may draw the same set at the same time.
     draft = root / split / f".{name}.{os.getpid()}"
     Image.fromarray((canvas.clip(0, 1) * 255).astype(np.uint8)).save(draft, "JPEG", quality=90)
     draft.replace(root / split / name)
@@ -188,7 +186,7 @@ def _draw_scene(rng: Generator) -> tuple[Floats, list[tuple[int, Mask]]]:
             if _recognisable([*masks, cover > 0.5]):
                 break
         else:
-            continue  # no room: a crowded image does without it
+            continue  # a crowded image has no room for it
         categories.append(category)
         masks.append(cover > 0.5)
         shadow = _cover(outline - 0.15 * radius * light[:, None], size, blur=0.1 * radius)
@@ -211,8 +209,8 @@ def _cast(rng: Generator, side: float) -> list[tuple[int, float]]:
     while not 1 <= present.sum() <= MOST_OBJECTS:
         present = rng.random(len(CLASSES)) < FREQUENCIES
     categories = np.flatnonzero(present) + 1
-    more = min(rng.poisson(1), MOST_OBJECTS - len(categories))
-    categories = np.append(categories, rng.choice(categories, more))
+    repeated = min(rng.poisson(1), MOST_OBJECTS - len(categories))
+    categories = np.append(categories, rng.choice(categories, repeated))
     smallest, largest = RADII
     radii = side * smallest * (largest / smallest) ** rng.random(len(categories))
     return [(int(categories[i]), float(radii[i])) for i in np.argsort(-radii)]

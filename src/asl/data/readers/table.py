@@ -6,7 +6,9 @@ b.jpg,                      b.jpg,0,
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -17,10 +19,23 @@ from asl.data.annotations import ABSENT, PRESENT, UNANNOTATED, Annotations
 from asl.data.files import image_names, no_split, not_found, read_rows, unreadable
 from asl.errors import DataError
 
-VERSION = 1
-DEFAULT_SPLITS = (("train", "val"), ("train", "valid"), ("train", "test"))
+SPLIT_NAMES = ("train", "val", "valid", "test")  # a single table of such a name is that split
 PATH_COLUMNS = ("path", "file", "file_name", "filename", "filepath", "image")
-PLACE = "file: row"  # the column that says where a row of the joined tables comes from
+# What people call a column that holds names of classes, in lower case; only "labels" is read so.
+LIKE_LABELS = ("label", "labels", "tag", "tags", "class", "classes")
+MARK_TYPES = (pl.String, pl.Boolean, pl.Null)  # of a column that is a class, beside numbers
+
+
+class Table(NamedTuple):
+    """The rows of a file that are not blank: their cells, and the numbers of spreadsheets."""
+
+    path: Path
+    cells: pl.DataFrame
+    rows: pl.Series
+
+    def place(self, index: int) -> str:
+        """Where the row with this index stands in the file."""
+        return f"{self.path}: row {self.rows[index]}"
 
 
 def table(
@@ -31,8 +46,8 @@ def table(
     `root` is a table (.csv in UTF-8, or .parquet) or a folder of tables. Each of several is the
     split of its name, and so is one called train, val, valid or test. Any other may have a column
     `split`; where it has none, every image is drawn for "val" with probability `val_share`, else
-    for "train". The draw hangs on `split_seed` and the path alone, so that images which are added
-    later do not move the others.
+    for "train". The draw depends on `split_seed` and the path alone: images that are added later do
+    not move the others.
 
     Paths stand in the column `path` (or another of `PATH_COLUMNS`), relative to `image_folder`,
     which itself is relative to the folder of the table. Labels are either names with "|" between
@@ -43,16 +58,18 @@ def table(
     Raises `DataError` that names file, row (as spreadsheets count: the header is row 1) and column.
     """
     *paths, folder = sources(root, split, image_folder=image_folder)
-    every = _read_all(paths)
+    tables = _read_all(paths)
+    every = pl.concat([table.cells for table in tables], how="diagonal")
     if "split" not in every.columns:
         drawn = [
             "val" if _draw(name, split_seed) < val_share else "train" for name in every["path"]
         ]
         every = every.with_columns(split=pl.Series(drawn, dtype=pl.String))
-    frame = every.filter(pl.col("split") == split)
-    if frame.is_empty():
+    chosen = (every["split"] == split).arg_true()
+    if chosen.is_empty():
         raise no_split(split, sorted(every["split"].unique()), root)
-    files = image_names(frame["path"].to_list(), folder, lambda row: str(frame[PLACE][row]))
+    frame = every[chosen]
+    files = image_names(frame["path"].to_list(), folder, lambda row: _place(tables, chosen[row]))
     if "labels" in every.columns:
         classes = sorted(every["labels"].explode().drop_nulls().unique())
         rows = np.repeat(np.arange(len(frame)), frame["labels"].list.len())
@@ -60,12 +77,12 @@ def table(
         columns = names.cast(pl.Enum(classes)).to_physical().to_numpy()
         values, implied = np.full(len(rows), PRESENT), ABSENT
     else:
-        classes = [name for name in every.columns if name not in (PLACE, "path", "split")]
-        cells = frame.select(classes).fill_null(UNANNOTATED).to_numpy()
+        classes = [name for name in every.columns if name not in ("path", "split")]
+        labels = frame.select(classes).fill_null(UNANNOTATED).to_numpy()
         # Either value may be the implied one: it is a matter of memory, not of meaning.
-        implied = max(ABSENT, UNANNOTATED, key=lambda label: np.count_nonzero(cells == label))
-        rows, columns = np.nonzero(cells != implied)
-        values = cells[rows, columns]
+        implied = max(ABSENT, UNANNOTATED, key=lambda label: np.count_nonzero(labels == label))
+        rows, columns = np.nonzero(labels != implied)
+        values = labels[rows, columns]
     if not classes:
         raise DataError(f"{paths[0]} has no class: give it names in `labels`, or a column for each")
     return Annotations.from_cells(folder, files, tuple(classes), rows, columns, values, implied)
@@ -74,8 +91,9 @@ def table(
 def splits(root: Path) -> list[str]:
     """The splits of a table or folder of tables; "train" and "val" where they are to be drawn."""
     *paths, _ = sources(root, "")
-    frame = _read_all(paths)
-    return sorted(frame["split"].unique()) if "split" in frame.columns else ["train", "val"]
+    columns = [table.cells.get_column("split", default=None) for table in _read_all(paths)]
+    names = {name for column in columns if column is not None for name in column.unique()}
+    return sorted(names or {"train", "val"})
 
 
 def sources(root: Path, split: str, *, image_folder: str = "", **_: object) -> list[Path]:
@@ -86,38 +104,42 @@ def sources(root: Path, split: str, *, image_folder: str = "", **_: object) -> l
     return [*paths, paths[0].parent / image_folder]
 
 
-def read_text(path: Path) -> pl.DataFrame:
-    """A table and `PLACE`; of a CSV, all columns are text, without the spaces around cells.
+def read_table(path: Path) -> Table:
+    """A table; of a CSV, all columns are text, without the spaces around cells.
 
     Raises `DataError` if the file cannot be read, or is neither a CSV in UTF-8 nor Parquet.
     """
     parquet = path.suffix == ".parquet"
     try:
-        if parquet:
-            frame = _read_parquet(path)
-        else:
-            frame = pl.read_csv(path, infer_schema=False)
-            frame = frame.rename(str.strip).with_columns(
-                pl.all().str.strip_chars().replace("", None)
-            )
+        cells = _read_parquet(path) if parquet else _read_csv(path)
     except OSError as error:
         raise unreadable(path, error) from error
-    except PolarsError as error:
-        _check_rows(path)
-        raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-    for name in frame.columns:
+    for name in cells.columns:
         if len(name.splitlines()) > 1:  # most likely a quotation mark that nothing closes
             raise DataError(f"{path}: the name of a column has several lines: {name[:80]!r}")
-    place = pl.format("{}: row {}", pl.lit(str(path)), pl.row_index() + (1 if parquet else 2))
-    blank = pl.all_horizontal(pl.all().is_null())
-    frame = frame.with_columns(place.alias(PLACE)).filter(~frame.select(blank).to_series())
-    if frame.is_empty():
+    filled = cells.select(~pl.all_horizontal(pl.all().is_null())).to_series().arg_true()
+    if filled.is_empty():
         raise DataError(f"{path} has no rows")
-    return frame
+    return Table(path, cells[filled], filled + (1 if parquet else 2))
+
+
+def _read_csv(path: Path) -> pl.DataFrame:
+    try:
+        cells = pl.read_csv(path, infer_schema=False).rename(str.strip)
+        return cells.with_columns(pl.all().str.strip_chars().replace("", None))
+    except PolarsError as error:
+        # Polars does not say where a CSV is wrong. This slow reader does.
+        header, *lines = read_rows(path) or [[]]
+        for row, line in enumerate(lines, start=2):
+            if len(line) > len(header):
+                message = f"{path}: row {row} has {len(line)} cells, not {len(header)}"
+                raise DataError(message) from None
+        raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def _read_parquet(path: Path) -> pl.DataFrame:
-    # By Arrow. Polars asks for as much memory as a damaged file says, and dies with the process.
+    # Arrow reads it. Polars asks for as much memory as a damaged file says, and then the process
+    # dies.
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -125,72 +147,96 @@ def _read_parquet(path: Path) -> pl.DataFrame:
         try:
             arrow = ParquetFile(file).read()
             arrow.validate(full=True)
-            frame = pl.DataFrame(arrow)
+            cells = pl.DataFrame(arrow)
         except (ArrowException, OSError, UnicodeError, PolarsError, PanicException) as error:
             raise DataError(f"{path} cannot be read: {error}") from None
-    return frame.with_columns(by_dtype(pl.Categorical, pl.Enum).cast(pl.String))
+    return cells.with_columns(by_dtype(pl.Categorical, pl.Enum).cast(pl.String))
 
 
-def _check_rows(path: Path) -> None:
-    # Polars does not say where a CSV is wrong. This does, slowly.
-    header, *rows = read_rows(path) or [[]]
-    for row, cells in enumerate(rows, start=2):
-        if len(cells) > len(header):
-            raise DataError(f"{path}: row {row} has {len(cells)} cells, not {len(header)}")
-
-
-def _read_all(paths: list[Path]) -> pl.DataFrame:
-    frames = [_read(path) for path in paths]
-    forms = ["labels" in frame.columns for frame in frames]
-    if any(forms) and not all(forms):
-        other = paths[forms.index(False)]
-        raise DataError(f"{other} has no column labels, but {paths[forms.index(True)]} has one")
-    usual = any(paths[0].stem in pair for pair in DEFAULT_SPLITS)
-    if len(paths) > 1 or (usual and "split" not in frames[0].columns):
-        frames = [
-            frame.with_columns(split=pl.lit(path.stem))
-            for path, frame in zip(paths, frames, strict=True)
+def _read_all(paths: list[Path]) -> list[Table]:
+    """The tables, with a column `split` if their names or one of their columns say it."""
+    tables = [_read(path) for path in paths]
+    have_labels = ["labels" in table.cells.columns for table in tables]
+    if any(have_labels) and not all(have_labels):
+        without, having = (paths[have_labels.index(each)] for each in (False, True))
+        raise DataError(f"{without} has no column labels, but {having} has one")
+    named = paths[0].stem in SPLIT_NAMES and "split" not in tables[0].cells.columns
+    if named or len(paths) > 1:
+        return [
+            table._replace(cells=table.cells.with_columns(split=pl.lit(table.path.stem)))
+            for table in tables
         ]
-    return pl.concat(frames, how="diagonal")
+    return tables
 
 
-def _read(path: Path) -> pl.DataFrame:
-    # The columns PLACE, path, split if it has one, and labels (lists of names) or classes (Int8).
-    frame = read_text(path)
-    name = next((name for name in PATH_COLUMNS if name in frame.columns), None)
+def _place(tables: Sequence[Table], index: int) -> str:
+    """Where a row of the tables, counted through all of them, stands."""
+    for table in tables:
+        if index < len(table.rows):
+            return table.place(index)
+        index -= len(table.rows)
+    raise IndexError(index)
+
+
+def _read(path: Path) -> Table:
+    """A table with the columns path, split if it has one, and labels (names) or classes (Int8)."""
+    table = read_table(path)
+    name = next((name for name in PATH_COLUMNS if name in table.cells.columns), None)
     if name is None:
-        usual, there = " or ".join(PATH_COLUMNS), ", ".join(frame.columns[:-1])
-        raise DataError(f"{path} has no column {usual}, only: {there}")
-    frame = frame.rename({name: "path"})
-    about = [column for column in (PLACE, "path", "split") if column in frame.columns]
-    for column in about[1:]:
-        frame = frame.with_columns(_text(frame[column], path))
-        _check(frame, column, frame[column].is_not_null(), "a cell is empty")
-    if "labels" in frame.columns:
-        return frame.select(*about, _names(frame["labels"], path))
-    for column in frame.drop(about).columns:
-        if column.endswith("_duplicated_0"):  # so Polars renames it
-            raise DataError(f"{path}: column {column.removesuffix('_duplicated_0')} is there twice")
-        if not (frame[column].dtype.is_numeric() or frame[column].dtype in _MARKS):
-            raise _of_type(frame[column], path)
-        label = frame[column].cast(pl.Float64, strict=False)
-        known = frame[column].is_null() | label.is_in([1.0, 0.0, -1.0]).fill_null(False)
-        _check(frame, column, known, "{!r} is not 1, 0, -1 or empty")
-    return frame.with_columns(pl.exclude(about).cast(pl.Float64).cast(pl.Int8))
+        usual, found = " or ".join(PATH_COLUMNS), ", ".join(table.cells.columns)
+        raise DataError(f"{path} has no column {usual}, only: {found}")
+    cells = table.cells.rename({name: "path"})
+    keys = [_key(cells[key], table) for key in ("path", "split") if key in cells.columns]
+    if "labels" in cells.columns:
+        return table._replace(cells=pl.DataFrame([*keys, _names(cells["labels"], path)]))
+    columns = cells.drop([key.name for key in keys]).get_columns()
+    if len(columns) == 1 and columns[0].name.lower() in LIKE_LABELS:
+        raise DataError(
+            f"{path}: column {columns[0].name} would be the only class: call it labels if it holds "
+            "names of classes, else by the name of its class"
+        )
+    return table._replace(cells=pl.DataFrame([*keys, *(_marks(each, table) for each in columns)]))
 
 
-def _check(frame: pl.DataFrame, column: str, good: pl.Series, message: str) -> None:
+def _key(column: pl.Series, table: Table) -> pl.Series:
+    """A column that says something in every row, as text."""
+    column = _text(column, table.path)
+    _check(column, column.is_not_null(), "a cell is empty", table)
+    return column
+
+
+def _marks(column: pl.Series, table: Table) -> pl.Series:
+    """The column of a class: 1, 0, -1 or null, as Int8."""
+    name = column.name
+    if name.endswith("_duplicated_0"):  # Polars has renamed it
+        name = name.removesuffix("_duplicated_0")
+        raise DataError(f"{table.path}: column {name} is there twice")
+    if not (column.dtype.is_numeric() or column.dtype in MARK_TYPES):
+        raise _wrong_type(column, table.path)
+    marks = column
+    if column.dtype == pl.String:
+        marks = column.str.to_lowercase().replace({"true": "1", "false": "0"})
+    marks = marks.cast(pl.Float64, strict=False)
+    known = column.is_null() | marks.is_in([1.0, 0.0, -1.0]).fill_null(False)
+    _check(column, known, f"{{!r}} is not 1, 0, -1 or empty{_hint(name)}", table)
+    return marks.cast(pl.Int8)
+
+
+def _check(column: pl.Series, good: pl.Series, message: str, table: Table) -> None:
     if not good.all():
         row = int((~good).arg_max() or 0)
-        value = message.format(frame[column][row])
-        raise DataError(f"{frame[PLACE][row]}, column {column}: {value}")
+        value = message.format(column[row])
+        raise DataError(f"{table.place(row)}, column {column.name}: {value}")
 
 
-_MARKS = (pl.String, pl.Boolean, pl.Null)  # beside numbers, what the cells of a class may be
+def _hint(column: str) -> str:
+    like_labels = column.lower() in LIKE_LABELS
+    return ". Names of classes belong in a column called labels" if like_labels else ""
 
 
-def _of_type(column: pl.Series, path: Path) -> DataError:
-    return DataError(f"{path}: column {column.name} is of type {column.dtype}: use text or numbers")
+def _wrong_type(column: pl.Series, path: Path) -> DataError:
+    message = f"{path}: column {column.name} is of type {column.dtype}: use text or numbers"
+    return DataError(message + _hint(column.name))
 
 
 def _text(column: pl.Series, path: Path) -> pl.Series:
@@ -199,10 +245,11 @@ def _text(column: pl.Series, path: Path) -> pl.Series:
             return column.cast(pl.String)
     except PolarsError:  # bytes that are not UTF-8
         pass
-    raise _of_type(column, path)
+    raise _wrong_type(column, path)
 
 
 def _names(labels: pl.Series, path: Path) -> pl.Series:
+    """Lists of the names in each cell, between which text has "|"."""
     if labels.dtype != pl.List(pl.String):
         labels = _text(labels, path).str.split("|")
     name = pl.element().str.strip_chars()
@@ -210,5 +257,6 @@ def _names(labels: pl.Series, path: Path) -> pl.Series:
 
 
 def _draw(name: str, seed: int) -> float:
+    """A number in [0, 1) that depends on the name and the seed alone."""
     digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64

@@ -12,8 +12,6 @@ from asl.data.annotations import ABSENT, PRESENT, UNANNOTATED, Annotations
 from asl.data.files import image_names, no_split, not_found, read_lines
 from asl.errors import DataError, UsageError
 
-VERSION = 1
-DEFAULT_SPLITS = (("trainval", "test"), ("train", "val"))
 DIFFICULT = {"present": PRESENT, "absent": ABSENT, "ignore": UNANNOTATED}
 
 
@@ -25,12 +23,12 @@ def voc(root: Path, split: str, *, difficult: str = "present") -> Annotations:
     marked difficult counts there as `difficult` says: "present", "absent", or "ignore" (not
     annotated: left out of AP, as in the evaluation of the VOC challenge).
 
-    Raises `DataError` for a file that is not there, is not such a list, or lists other images than
+    Raises `DataError` for a file that is missing, is not such a list, or lists other images than
     the rest.
     """
     if difficult not in DIFFICULT:
         raise UsageError(f"difficult {difficult!r}: choose from {', '.join(DIFFICULT)}")
-    label = {"1": PRESENT, "0": DIFFICULT[difficult], "-1": ABSENT}
+    label_of = {"1": PRESENT, "0": DIFFICULT[difficult], "-1": ABSENT}
     paths = sources(root, split)
     images = list(_read(paths[0]))
     if not images:
@@ -39,9 +37,9 @@ def voc(root: Path, split: str, *, difficult: str = "present") -> Annotations:
     for column, path in enumerate(paths):
         marks = _read(path)
         if marks.keys() != set(images):
-            odd = min(marks.keys() ^ set(images))
-            raise DataError(f"{path} and {paths[0].name} list different images: one has no {odd}")
-        table[:, column] = [label[marks[image]] for image in images]
+            alone = min(marks.keys() ^ set(images))
+            raise DataError(f"{path} and {paths[0].name} list different images: one has no {alone}")
+        table[:, column] = [label_of[marks[image]] for image in images]
     rows, columns = np.nonzero(table != ABSENT)
     year = paths[0].parents[2]
     return Annotations.from_cells(
@@ -59,7 +57,7 @@ def voc(root: Path, split: str, *, difficult: str = "present") -> Annotations:
 
 
 def splits(root: Path) -> list[str]:
-    """The splits of which there are label files."""
+    """The splits that have label files."""
     return sorted({path.stem.rpartition("_")[2] for path in _label_files(root)})
 
 
@@ -96,6 +94,8 @@ def _read(path: Path) -> dict[str, str]:
     marks: dict[str, str] = {}
     for number, line in enumerate(read_lines(path), start=1):
         match line.split():
+            case []:  # a blank line, most likely at the end
+                continue
             case [image, "1" | "0" | "-1" as mark] if image not in marks:
                 marks[image] = mark
             case [image, "1" | "0" | "-1"]:
