@@ -1,0 +1,44 @@
+"""The mean score by class that training keeps."""
+
+import torch
+import torch.distributed as dist
+
+from asl.training.prior import RunningPrior
+
+
+def test_the_running_prior_is_the_mean_over_all_images():
+    logits = torch.randn(100, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    running = RunningPrior(5)
+    assert running.prior.isnan().all()
+    for batch in logits.split([40, 40, 13, 7]):
+        running.update(batch)
+    torch.testing.assert_close(running.prior, logits.sigmoid().mean(dim=0).detach())
+
+
+def test_the_running_prior_goes_on_where_it_was_kept():
+    first, second = RunningPrior(3), RunningPrior(3)
+    first.update(torch.zeros(10, 3))
+    second.load_state_dict(first.state_dict())
+    second.update(torch.full((30, 3), 100, dtype=torch.float16))
+    torch.testing.assert_close(second.prior, torch.full((3,), (10 * 0.5 + 30) / 40))
+
+
+def two_ranks(rank, init, queue):
+    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
+    running = RunningPrior(2)
+    # Rank 1 has three images with a score of 1, rank 0 one with a score of 0.
+    running.update(torch.full((1 + 2 * rank, 2), 200.0 * rank - 100))
+    queue.put(running.prior.tolist())
+    dist.destroy_process_group()
+
+
+def test_the_running_prior_is_that_of_all_ranks(tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    init = f"file://{tmp_path}/rendezvous"
+    ranks = [context.Process(target=two_ranks, args=(rank, init, queue)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    assert [queue.get(timeout=60) for _ in ranks] == [[0.75, 0.75]] * 2
+    for rank in ranks:
+        rank.join()
