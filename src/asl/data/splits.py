@@ -1,0 +1,117 @@
+"""The splits that a model is trained and validated on, as the settings say."""
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from asl.data.annotations import Annotations, without_missing
+from asl.data.cache import cache_folder
+from asl.data.classes import match_classes
+from asl.data.partial import simulate
+from asl.data.readers import default_split, read
+from asl.data.settings import DataSettings, LabelSettings
+from asl.errors import DataError, UsageError
+
+Role = Literal["train", "val"]
+log = logging.getLogger("asl")
+
+
+def read_split(
+    settings: DataSettings,
+    role: Role,
+    labels: LabelSettings | None = None,
+    *,
+    classes: Sequence[str] | None = None,
+) -> Annotations:
+    """Read the split for training or validation, say what is in it, and leave out missing images.
+
+    `labels` say how the labels of the training split are changed; validation is always on those of
+    the data set. With `classes`, the result has these classes, matched by name, in this order.
+
+    Raises `UsageError` for settings that the data set does not have, and `DataError` for files that
+    are missing or wrong and for classes without a match.
+    """
+    split = split_name(settings, role)
+    labels = labels if labels and role == "train" else LabelSettings()
+    difficult = labels.train_difficult if role == "train" else settings.val_difficult
+    if settings.dataset == "voc" and role == "val":
+        difficult = difficult or "ignore"  # as the VOC challenge and the papers evaluate
+    annotations = read(
+        settings.dataset,
+        settings.data,
+        split,
+        cache_dir=cache_folder(),
+        # A reader refuses an option that it does not have, unless it is None.
+        all_images=settings.all_images or None,
+        difficult=difficult,
+        machine_generated=labels.machine_generated,
+        class_list=settings.class_list,
+        val_share=settings.val_share,
+        split_seed=settings.split_seed,
+        image_folder=settings.image_folder,
+    )
+    if classes is not None:
+        annotations = annotations.with_classes(match_classes(annotations.classes, classes), classes)
+    annotations, skipped = without_missing(annotations, settings.missing_images)
+    note = f" ({skipped:,} missing, skipped)" if skipped else ""
+    print(f"{split}: {len(annotations):,} images{note}, {annotations.num_classes} classes")
+    if labels.simulate_partial is not None:
+        annotations = simulate(annotations, labels.simulate_partial, labels.partial_seed)
+    return annotations
+
+
+def split_name(settings: DataSettings, role: Role) -> str:
+    """The split for training or validation: that of the settings, or the usual one of the data set.
+
+    Raises `UsageError` if no data set is named, or if it has only splits of other names.
+    """
+    if not settings.data:
+        raise UsageError("name the folder of the data set: DATA")
+    chosen = settings.train_split if role == "train" else settings.val_split
+    return chosen or default_split(settings.dataset, settings.data, role)
+
+
+def check_apart(settings: DataSettings, train: Annotations, val: Annotations) -> None:
+    """Check that no image file stands in both splits.
+
+    Raises `DataError` that counts such images and names the first. If `settings` name one split for
+    both, that is meant (can the model overfit?): it costs a warning only.
+    """
+    if settings.train_split and settings.train_split == settings.val_split:
+        log.warning(
+            "mAP will be that of the training images: both splits are %s", settings.val_split
+        )
+        return
+    shared = np.flatnonzero(_in_both(val, train))
+    if len(shared):
+        raise DataError(
+            f"{len(shared):,} of {len(val):,} validation images are training images too, the first "
+            f"is {val.path(shared[0])}: choose splits without common images"
+        )
+
+
+def _in_both(val: Annotations, train: Annotations) -> npt.NDArray[np.bool_]:
+    """Which files of `val` are files of `train` too: (N,) bool, by their paths.
+
+    Links are followed to the roots, not below them. Costs 2 s for 125,000 and 1.7 million files.
+    """
+    shared = np.zeros(len(val), dtype=bool)
+    val_root, train_root = (os.path.realpath(each.root) for each in (val, train))
+    above = os.path.commonpath([val_root, train_root])
+    if above in (val_root, train_root):  # else no name is in both, as in train2014/ and val2014/
+        names = _names_from(above, val_root, val.files)
+        order = np.argsort(names)
+        others = _names_from(above, train_root, train.files)
+        found = np.searchsorted(names, others, sorter=order).clip(max=len(val) - 1)
+        shared[order[found[names[order[found]] == others]]] = True
+    return shared
+
+
+def _names_from(above: str, root: str, files: npt.NDArray[np.bytes_]) -> npt.NDArray[np.bytes_]:
+    """The files under `root` as paths from `above`."""
+    inner = os.path.relpath(root, above)
+    return files if inner == "." else np.char.add(os.fsencode(inner) + b"/", files)
