@@ -1,23 +1,25 @@
 """What is in a data set: `python -m asl.data DATASET DIR`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
+import numpy.typing as npt
 import tyro
 
-from asl import report
 from asl.data.annotations import ABSENT, PRESENT, UNANNOTATED, Annotations, files_exist
+from asl.data.duplicates import identical_files
 from asl.data.readers import read, splits
+from asl.data.settings import Dataset
 from asl.errors import reported
+from asl.evaluation.pictures import samples_picture
 
-EXTREMES = 5
+EXTREMES = 5  # classes named as the most frequent ones, and as the least frequent ones
+PAIRS = 3  # of identical images, named
 
 
 def main(
-    dataset: Annotated[
-        Literal["coco", "voc", "nus_wide", "openimages", "table", "shapes"], tyro.conf.Positional
-    ],
+    dataset: Annotated[Dataset, tyro.conf.Positional],
     folder: Annotated[Path, tyro.conf.Positional],
     split: str = "",
     image_folder: str | None = None,
@@ -25,6 +27,8 @@ def main(
     seed: int = 0,
 ) -> None:
     """Count what a data set holds, look for its images, and draw twelve of them with their labels.
+
+    Then compare the images of different splits: those with the same content are counted and named.
 
     Args:
         dataset: its layout (DATASETS.md)
@@ -34,24 +38,32 @@ def main(
         output: folder of the pictures
         seed: which twelve images
     """
-    for name in [split] if split else splits(dataset, folder):
+    names = [split] if split else splits(dataset, folder)
+    existing = []
+    for name in names:
         annotations = read(dataset, folder, name, image_folder=image_folder)
-        print(describe(name, annotations))
-        there = np.flatnonzero(files_exist(annotations))
-        if len(there):
-            chosen = np.random.default_rng(seed).permutation(there)[:12]
+        exists = files_exist(annotations)
+        print(describe(name, annotations, exists))
+        existing.append(annotations.subset(exists))
+        if exists.any():
+            chosen = np.random.default_rng(seed).permutation(len(existing[-1]))[:12]
             picture = output / f"{dataset}_{name}.png"
-            report.samples_picture(annotations.subset(chosen), picture)
+            samples_picture(existing[-1].subset(chosen), picture)
             print(f"  samples             {picture}\n")
+    if len(names) > 1:
+        pairs = identical_files(existing)
+        print(f"identical images in different splits: {len(pairs):,}")
+        for original, copy in pairs[:PAIRS]:
+            print(f"  {original} = {copy}")
 
 
-def describe(split: str, annotations: Annotations) -> str:
+def describe(split: str, annotations: Annotations, exists: npt.NDArray[np.bool_]) -> str:
     """The figures of a split, a line each."""
     positives = annotations.counts(PRESENT)
     cells = len(annotations) * annotations.num_classes
     labels = int(positives.sum())
     order = np.argsort(-positives, kind="stable")
-    missing = np.flatnonzero(~files_exist(annotations))
+    missing = np.flatnonzero(~exists)
     named = f": {annotations.path(missing[0])}, ..." if len(missing) else ""
     lines = [
         split,

@@ -1,0 +1,72 @@
+"""Images that stand in several splits under different names: found by what is in their files."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from asl.data.annotations import Annotations
+from asl.errors import DataError
+
+END = 4096  # bytes at the end of a file
+
+
+def identical_files(splits: Sequence[Annotations]) -> list[tuple[str, str]]:
+    """Images of different splits that have the same content, but are not the same file.
+
+    A pair of paths for each image of a later split that is identical to one of an earlier split. An
+    image that stands in several splits (VOC's trainval holds train) counts in the first of them.
+
+    Memory: about 50 bytes an image. Raises `DataError` for a file that cannot be read.
+    """
+    split = np.repeat(np.arange(len(splits)), [len(each) for each in splits])
+    row = np.concatenate([np.arange(len(each)) for each in splits])
+    # Each comparison reads more of a file than the one before, but only of the files that are left.
+    for title, key_of in {"sizes": _size, "ends": _end, "content": _content}.items():
+        paths = (splits[int(s)].path(r) for s, r in zip(split, row, strict=True))
+        bar = tqdm(paths, f"comparing {title}", len(row), unit="img", leave=False, disable=None)
+        keys = np.fromiter((_read_key(key_of, path) for path in bar), np.int64, len(row))
+        _, first, group = np.unique(keys, return_index=True, return_inverse=True)
+        elsewhere = split != split[first][group]
+        left = (np.bincount(group[elsewhere], minlength=len(first)) > 0)[group]
+        split, row, keys = split[left], row[left], keys[left]
+
+    pairs = []
+    split_of: dict[str, int] = {}
+    first_of: dict[int, str] = {}
+    for s, r, key in zip(split.tolist(), row.tolist(), keys.tolist(), strict=True):
+        path = splits[s].path(r)
+        if path not in split_of:
+            split_of[path] = s
+            original = first_of.setdefault(key, path)
+            if split_of[original] != s:
+                pairs.append((original, path))
+    return pairs
+
+
+def _read_key(key_of: Callable[[str], int], path: str) -> int:
+    try:
+        return key_of(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _size(path: str) -> int:
+    return Path(path).stat().st_size
+
+
+def _end(path: str) -> int:
+    with Path(path).open("rb") as file:
+        file.seek(max(0, _size(path) - END))
+        return _number(hashlib.sha256(file.read()).digest())
+
+
+def _content(path: str) -> int:
+    with Path(path).open("rb") as file:
+        return _number(hashlib.file_digest(file, "sha256").digest())
+
+
+def _number(digest: bytes) -> int:
+    return int.from_bytes(digest[:8], signed=True)
