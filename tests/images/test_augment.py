@@ -1,14 +1,25 @@
 import random
 from collections import Counter
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
-from asl.errors import UsageError
 from asl.images import augment
-from asl.images.augment import CUTOUT, FLIP, NOTHING, OPERATIONS, RANDAUGMENT, Step, apply, draw
+from asl.images.augment import (
+    CUTOUT,
+    FLIP,
+    NOTHING,
+    OPERATIONS,
+    RANDAUGMENT,
+    Transform,
+    apply,
+    apply_batch,
+    draw,
+)
+from asl.images.settings import Policy
 
 CODES = {operation.name: code for code, operation in enumerate(OPERATIONS)}
 GREY = (128, 128, 128)
@@ -83,13 +94,18 @@ def tensor(pixels):
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def steps(*rows):
-    numbers = np.zeros((3, len(Step._fields)), np.float32)
-    numbers[: len(rows)] = rows
-    return numbers
+def row(code, magnitude=0.0, x=0.0, y=0.0, red=0, green=0, blue=0):
+    return Transform(code, magnitude, x, y, red, green, blue)
 
 
-def amounts(name, levels=(1, 4, 6, 9)):
+def drawn_as(*rows):
+    """The numbers of one sample."""
+    augmentation = np.zeros((3, len(Transform._fields)), np.float32)
+    augmentation[: len(rows)] = rows
+    return augmentation
+
+
+def magnitudes(name, levels=(1, 4, 6, 9)):
     operation = OPERATIONS[CODES[name]]
     signs = (-1, 1) if operation.signed else (1,)
     values = {operation.start + operation.span * n / 9 * sign for n in levels for sign in signs}
@@ -100,9 +116,9 @@ def amounts(name, levels=(1, 4, 6, 9)):
 @pytest.mark.parametrize("name", PILLOW)
 def test_pixels_are_pillows_to_the_bit_and_sheared_ones_within_one_grey_level(name, kind):
     pixels = IMAGES[kind](np.random.default_rng(0))
-    for amount in amounts(name):
-        expected = tensor(np.array(PILLOW[name](Image.fromarray(pixels), amount)))
-        result = apply(tensor(pixels), steps(Step(CODES[name], amount)))
+    for magnitude in magnitudes(name):
+        expected = tensor(np.array(PILLOW[name](Image.fromarray(pixels), magnitude)))
+        result = apply(tensor(pixels), drawn_as(row(CODES[name], magnitude)))
         difference = (result.int() - expected.int()).abs()
         if name.startswith("Shear"):
             assert difference.max() <= 1
@@ -111,29 +127,62 @@ def test_pixels_are_pillows_to_the_bit_and_sheared_ones_within_one_grey_level(na
             assert difference.max() == 0
 
 
-@pytest.mark.parametrize(("x", "y"), [(0.5, 0.5), (0.0, 0.0), (0.999, 0.999), (0.1, 0.7)])
-@pytest.mark.parametrize(
-    ("code", "amount", "side"), [(CUTOUT, 0.5, 32), (CODES["Patch"], 20.0, 20)]
-)
-def test_a_cut_is_a_square_of_one_colour_that_the_border_clips(code, amount, side, x, y):
-    image = tensor(np.full((64, 64, 3), 255, np.uint8))
-    result = apply(image, steps(Step(code, amount, x, y, 10, 20, 30)))
-    rows, columns = np.arange(64)[:, None] - int(64 * y), np.arange(64)[None] - int(64 * x)
-    inside = (abs(rows + 0.5) < side / 2) & (abs(columns + 0.5) < side / 2)
-    expected = np.where(inside, np.reshape([10, 20, 30], (3, 1, 1)), 255)
-    np.testing.assert_array_equal(result, expected)
+# Both implementations of one image.
+IMPLEMENTATIONS = {
+    "host": apply,
+    "device": lambda image, augmentation: apply_batch(image[None], augmentation[None])[0],
+}
+CENTRES = [(0.5, 0.5), (0.0, 0.0), (0.999, 0.999), (0.1, 0.7)]
+
+
+def with_rectangle(size, x, y, before, after, colour):
+    """White, with Pillow's rectangle, whose corners belong to it."""
+    picture = Image.new("RGB", (size, size), "white")
+    x, y = int(x * size), int(y * size)
+    ImageDraw.Draw(picture).rectangle((x - before, y - before, x + after, y + after), fill=colour)
+    return tensor(np.array(picture))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("centre", CENTRES)
+@pytest.mark.parametrize(("size", "side"), [(224, 113), (448, 225), (225, 113), (65, 33), (1, 1)])
+def test_cutout_is_pillows_rectangle_of_half_the_side(size, side, centre, implementation):
+    image = torch.full((3, size, size), 255, dtype=torch.uint8)
+    numbers = drawn_as(row(CUTOUT, 0.5, *centre, 10, 20, 30))
+    result = IMPLEMENTATIONS[implementation](image, numbers)
+    expected = with_rectangle(size, *centre, side // 2, side // 2, (10, 20, 30))
+    assert torch.equal(result, expected)
+
+
+# The official package fills pixel by pixel, from the centre - n // 2 to before the centre + n // 2.
+PATCH_SIDES = {1: 2, 2: 4, 3: 6, 4: 8, 5: 10, 6: 12, 7: 16, 8: 18, 9: 20}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("centre", CENTRES)
+@pytest.mark.parametrize("level", PATCH_SIDES)
+def test_the_patch_of_randaugment_is_as_large_as_in_the_official_package(
+    level, centre, implementation
+):
+    image = torch.full((3, 64, 64), 255, dtype=torch.uint8)
+    [magnitude] = magnitudes("Patch", [level])
+    numbers = drawn_as(row(CODES["Patch"], magnitude, *centre, 10, 20, 30))
+    result = IMPLEMENTATIONS[implementation](image, numbers)
+    reach = PATCH_SIDES[level] // 2
+    assert torch.equal(result, with_rectangle(64, *centre, reach, reach - 1, (10, 20, 30)))
 
 
 def test_flip_mirrors_left_and_right():
     image = tensor(IMAGES["noise"](np.random.default_rng(0)))
-    np.testing.assert_array_equal(apply(image, steps(Step(FLIP))), image.numpy()[:, :, ::-1])
+    np.testing.assert_array_equal(apply(image, drawn_as(row(FLIP))), image.numpy()[:, :, ::-1])
 
 
 @pytest.mark.parametrize("name", CODES)
 def test_apply_leaves_its_input_alone_and_fills_the_slot_of_a_batch(name):
     image = tensor(IMAGES["noise"](np.random.default_rng(0)))
     before, batch = image.clone(), torch.full((3, *image.shape), 77, dtype=torch.uint8)
-    numbers = steps(Step(NOTHING), Step(CODES[name], 4.0 if name == "Posterize" else 0.3, 0.5, 0.5))
+    magnitude = 4.0 if name == "Posterize" else 0.3
+    numbers = drawn_as(row(NOTHING), row(CODES[name], magnitude, 0.5, 0.5))
     result = apply(image, numbers)
     assert torch.equal(image, before)
     assert (result.dtype, result.shape) == (torch.uint8, image.shape)
@@ -144,11 +193,11 @@ def test_apply_leaves_its_input_alone_and_fills_the_slot_of_a_batch(name):
     assert (batch[[0, 2]] == 77).all()
 
 
-def test_steps_are_done_in_order():
+def test_transforms_are_done_in_order():
     image = tensor(np.full((8, 8, 3), 200, np.uint8))
-    invert, darken = Step(CODES["Invert"]), Step(CODES["Brightness"], 0.5)
-    assert apply(image, steps(invert, darken)).unique().tolist() == [27]
-    assert apply(image, steps(darken, invert)).unique().tolist() == [155]
+    invert, darken = row(CODES["Invert"]), row(CODES["Brightness"], 0.5)
+    assert apply(image, drawn_as(invert, darken)).unique().tolist() == [27]
+    assert apply(image, drawn_as(darken, invert)).unique().tolist() == [155]
 
 
 def test_nothing_to_do_costs_no_copy():
@@ -168,16 +217,11 @@ def test_numbers_depend_on_seed_epoch_and_index_and_on_nothing_else():
     assert len({numbers.tobytes() for numbers in once}) == len(keys)
 
 
-@pytest.mark.parametrize("policy", augment.POLICIES)
+@pytest.mark.parametrize("policy", get_args(Policy))
 @pytest.mark.parametrize("size", [0, 1, 5])
 def test_the_numbers_of_a_batch_are_one_float32_array(policy, size):
     numbers = draw(policy, 0, 0, range(size))
     assert (numbers.shape, numbers.dtype) == ((size, 3, 7), np.float32)
-
-
-def test_an_unknown_policy_is_a_usage_error_that_names_the_known_ones():
-    with pytest.raises(UsageError, match="'autoaugment': choose one of recipe, flip, none"):
-        draw("autoaugment", 0, 0, [0])
 
 
 def test_flip_policy_mirrors_half_of_the_images_and_does_nothing_else():
@@ -220,7 +264,7 @@ def test_amounts_at_level_9_are_the_recipes():
     names = [operation.name for operation in OPERATIONS[RANDAUGMENT:]]
     assert sorted(names) == sorted(AT_LEVEL_9)
     for name, expected in AT_LEVEL_9.items():
-        assert amounts(name, levels=(9,)) == pytest.approx(sorted(expected), abs=1e-6)
+        assert magnitudes(name, levels=(9,)) == pytest.approx(sorted(expected), abs=1e-6)
 
 
 def test_cutout_comes_first_always_with_a_uniform_centre_and_colour(drawn):
@@ -253,7 +297,7 @@ def test_operations_repeat_as_often_as_independent_draws_do(drawn):
 
 
 def test_levels_are_uniform_integers_and_signs_fair_where_the_recipe_has_one(drawn):
-    rows = drawn[:, 1:].reshape(-1, len(Step._fields))
+    rows = drawn[:, 1:].reshape(-1, len(Transform._fields))
     levels, signs = [], []
     for code, amount in rows[rows[:, 0] != NOTHING][:, :2].tolist():
         operation = OPERATIONS[int(code)]
@@ -269,7 +313,7 @@ def test_levels_are_uniform_integers_and_signs_fair_where_the_recipe_has_one(dra
 
 
 def test_patches_are_grey_and_anywhere(drawn):
-    rows = drawn[:, 1:].reshape(-1, len(Step._fields))
+    rows = drawn[:, 1:].reshape(-1, len(Transform._fields))
     patches = rows[rows[:, 0] == CODES["Patch"]]
     assert (patches[:, 4:] == (125, 122, 113)).all()
     assert np.ptp(patches[:, 2:4], axis=0).min() > 0.9

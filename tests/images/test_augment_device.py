@@ -1,12 +1,13 @@
 from collections import Counter
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from asl.images.augment import OPERATIONS, POLICIES, Step, apply, draw
-from asl.images.augment_device import apply_batch
+from asl.images.augment import OPERATIONS, Transform, apply, apply_batch, draw
+from asl.images.settings import Policy
 
 DEVICES = ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
 SHEARS = [code for code, operation in enumerate(OPERATIONS) if "Shear" in operation.name]
@@ -28,10 +29,10 @@ def pictures(count, size=48):
 def every_level(code):
     operation = OPERATIONS[code]
     signs = (-1, 1) if operation.signed else (1,)
-    amounts = {
+    magnitudes = {
         operation.start + operation.span * n / 9 * sign for n in range(1, 10) for sign in signs
     }
-    return [Step(code, amount, 0.3, 0.9, 200, 100, 0) for amount in sorted(amounts)]
+    return [Transform(code, each, 0.3, 0.9, 200, 100, 0) for each in sorted(magnitudes)]
 
 
 def difference(images, numbers, device="cpu"):
@@ -46,7 +47,7 @@ def difference(images, numbers, device="cpu"):
 @pytest.mark.parametrize("code", range(len(OPERATIONS)), ids=lambda code: OPERATIONS[code].name)
 def test_pixels_are_those_of_workers_and_sheared_ones_within_one_grey_level(code, device):
     rows = every_level(code)
-    numbers = np.zeros((2 * len(rows) + 1, 3, len(Step._fields)), np.float32)
+    numbers = np.zeros((2 * len(rows) + 1, 3, len(Transform._fields)), np.float32)
     numbers[:-1, 1] = rows + rows  # and nothing for the last image
     found = difference(pictures(len(numbers)), numbers, device)
     assert found.max() <= (1 if code in SHEARS else 0)
@@ -55,10 +56,10 @@ def test_pixels_are_those_of_workers_and_sheared_ones_within_one_grey_level(code
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("size", [1, 2, 33])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", get_args(Policy))
 def test_a_batch_of_a_policy_has_the_pixels_of_workers(policy, size, device):
     numbers = draw(policy, 0, 0, range(200))
-    numbers[np.isin(numbers[..., 0], SHEARS)] = 0  # a step that follows may widen their differences
+    numbers[np.isin(numbers[..., 0], SHEARS)] = 0  # one that follows may widen their differences
     assert difference(pictures(len(numbers), size), numbers, device).max() == 0
 
 
@@ -83,7 +84,7 @@ class Kernels(TorchDispatchMode):
 
 
 def test_kernels_grow_with_the_operations_and_not_with_the_batch_and_none_waits():
-    numbers = np.zeros((len(OPERATIONS), 3, len(Step._fields)), np.float32)
+    numbers = np.zeros((len(OPERATIONS), 3, len(Transform._fields)), np.float32)
     numbers[:, 1:] = [[every_level(code)[0]] * 2 for code in range(len(OPERATIONS))]
     runs = []
     for repeats in (1, 8):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from asl.data.annotations import Annotations
 from asl.errors import DataError, UsageError, reported
-from asl.images.cache import HEADER, open_image_cache
+from asl.images.cache import HEADER, ImageCache
 from asl.images.decode import read_image, squish
 
 # On a machine of one core the loader warns that two workers are too many.
@@ -72,20 +72,20 @@ def modified(cache):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_cache_gives_the_same_pixels_as_the_files(annotations, folder, workers):
-    assert_same_images(open_image_cache(folder, annotations, SIZE, workers=workers), annotations)
+    assert_same_images(ImageCache.open(folder, annotations, SIZE, workers=workers), annotations)
 
 
 def test_the_cache_gives_the_same_pixels_as_photographs(voc_root, folder):
     root = voc_root / "VOC2007" / "JPEGImages"
     files = sorted(os.fsencode(file.name) for file in root.glob("*.jpg"))[::250]
     photographs = Annotations.unlabelled(root, np.array(files), ("a",))
-    cache = open_image_cache(folder, photographs, 448, workers=0)
+    cache = ImageCache.open(folder, photographs, 448, workers=0)
     for index in range(len(photographs)):
         assert torch.equal(read(cache, index), squished(photographs, index, 448))
 
 
 def test_forked_and_spawned_processes_read_from_a_cache_that_is_open(annotations, folder):
-    cache = open_image_cache(folder, annotations, SIZE, workers=0)
+    cache = ImageCache.open(folder, annotations, SIZE, workers=0)
     read(cache, 0)
     assert wait(start(assert_same_images, cache, annotations)) == 0
     assert_same_images(pickle.loads(pickle.dumps(cache)), annotations)  # what spawning comes to
@@ -93,8 +93,8 @@ def test_forked_and_spawned_processes_read_from_a_cache_that_is_open(annotations
 
 def test_a_cache_is_built_once_and_does_not_touch_the_random_state(annotations, folder, caplog):
     state = torch.get_rng_state()
-    first = open_image_cache(folder, annotations, SIZE, workers=2)
-    again = open_image_cache(folder, annotations, SIZE, workers=2)
+    first = ImageCache.open(folder, annotations, SIZE, workers=2)
+    again = ImageCache.open(folder, annotations, SIZE, workers=2)
     assert modified(first) == modified(again)
     assert files_in(folder) == [first.path.name]
     assert torch.equal(torch.get_rng_state(), state)
@@ -102,15 +102,15 @@ def test_a_cache_is_built_once_and_does_not_touch_the_random_state(annotations, 
 
 
 def test_a_data_set_may_move(annotations, folder, tmp_path):
-    first = open_image_cache(folder, annotations, SIZE, workers=0)
+    first = ImageCache.open(folder, annotations, SIZE, workers=0)
     shutil.copytree(tmp_path / "set", tmp_path / "elsewhere" / "set")
     moved = annotate(tmp_path / "elsewhere" / "set")
-    assert open_image_cache(folder, moved, SIZE, workers=0).path == first.path
+    assert ImageCache.open(folder, moved, SIZE, workers=0).path == first.path
 
 
 @pytest.mark.parametrize("change", ["size", "order", "names", "content", "decoder"])
 def test_what_changes_the_pixels_changes_the_file(annotations, folder, monkeypatch, change):
-    first, size = open_image_cache(folder, annotations, SIZE, workers=0), SIZE
+    first, size = ImageCache.open(folder, annotations, SIZE, workers=0), SIZE
     if change == "size":
         size = 2 * SIZE
     elif change == "order":
@@ -121,7 +121,7 @@ def test_what_changes_the_pixels_changes_the_file(annotations, folder, monkeypat
         Image.new("RGB", (8, 8)).save(annotations.path(17))
     elif change == "decoder":
         monkeypatch.setattr("torchvision.__version__", "0.0")
-    second = open_image_cache(folder, annotations, size, workers=0)
+    second = ImageCache.open(folder, annotations, size, workers=0)
     assert files_in(folder) == sorted([first.path.name, second.path.name])
     assert first.path != second.path
     assert torch.equal(read(second, 17), squished(annotations, 17, size))
@@ -164,23 +164,23 @@ DAMAGES = {
 
 def other_cache(path):
     other = annotate(path.parents[1] / "set").subset(range(N)[::-1])
-    return open_image_cache(path.parent, other, SIZE, workers=0).path, path
+    return ImageCache.open(path.parent, other, SIZE, workers=0).path, path
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_or_foreign_file_is_built_anew_with_a_warning(annotations, folder, caplog, kind):
     damage, reason = DAMAGES[kind]
-    path = open_image_cache(folder, annotations, SIZE, workers=0).path
+    path = ImageCache.open(folder, annotations, SIZE, workers=0).path
     damage(path)
     caplog.clear()
-    assert_same_images(open_image_cache(folder, annotations, SIZE, workers=0), annotations)
+    assert_same_images(ImageCache.open(folder, annotations, SIZE, workers=0), annotations)
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert str(path) in caplog.text
     assert reason in caplog.text
 
 
 def test_a_cache_that_is_cut_short_while_in_use_is_an_error(annotations, folder):
-    cache = open_image_cache(folder, annotations, SIZE, workers=0)
+    cache = ImageCache.open(folder, annotations, SIZE, workers=0)
     os.truncate(cache.path, HEADER + 5 * IMAGE + 1)
     with pytest.raises(DataError, match="cut short"):
         read(cache, 5)
@@ -191,7 +191,7 @@ def test_too_little_disk_space_is_said_before_anything_is_built(annotations, fol
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     needed = HEADER + N * (IMAGE + 8) + 4
     with pytest.raises(UsageError, match=f"needs {needed:,} bytes, and 100,000 are free"):
-        open_image_cache(folder, annotations, SIZE, workers=0)
+        ImageCache.open(folder, annotations, SIZE, workers=0)
     assert not files_in(folder)
 
 
@@ -200,7 +200,7 @@ def test_a_disk_that_fills_up_is_an_error_and_leaves_nothing(annotations, folder
     def build():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-        open_image_cache(folder, annotations, SIZE, workers=workers)
+        ImageCache.open(folder, annotations, SIZE, workers=workers)
 
     assert wait(start(build)) == UsageError.exit_code
     said = capfd.readouterr().err
@@ -212,14 +212,14 @@ def test_a_disk_that_fills_up_is_an_error_and_leaves_nothing(annotations, folder
 def test_a_folder_that_cannot_be_made_is_an_error(annotations, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="Not a directory"):
-        open_image_cache(tmp_path / "file" / "folder", annotations, SIZE, workers=0)
+        ImageCache.open(tmp_path / "file" / "folder", annotations, SIZE, workers=0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_unreadable_image_is_named_and_leaves_nothing(annotations, folder, workers, capfd):
     Path(annotations.path(33)).write_bytes(b"text")
     with pytest.raises(DataError, match=r"33\.jpg: not an image"):
-        open_image_cache(folder, annotations, SIZE, workers=workers)
+        ImageCache.open(folder, annotations, SIZE, workers=workers)
     assert not files_in(folder)
     assert "Traceback" not in capfd.readouterr().err
 
@@ -228,19 +228,19 @@ def test_with_bad_skip_an_unreadable_image_is_an_error_when_it_is_read(annotatio
     path, content = Path(annotations.path(33)), Path(annotations.path(33)).read_bytes()
     path.write_bytes(b"text" + bytes(len(content) - 4))
     for _ in ("built", "opened"):
-        cache = open_image_cache(folder, annotations, SIZE, workers=2, bad="skip")
+        cache = ImageCache.open(folder, annotations, SIZE, workers=2, bad="skip")
         with pytest.raises(DataError, match=r"33\.jpg: not an image"):
             read(cache, 33)
         assert torch.equal(read(cache, 34), squished(annotations, 34))
     with pytest.raises(DataError, match=r"33\.jpg: not an image"):
-        open_image_cache(folder, annotations, SIZE, workers=2)
+        ImageCache.open(folder, annotations, SIZE, workers=2)
     path.write_bytes(content)
-    assert_same_images(open_image_cache(folder, annotations, SIZE, workers=2), annotations)
+    assert_same_images(ImageCache.open(folder, annotations, SIZE, workers=2), annotations)
 
 
 def test_the_pixel_limit_holds_for_the_cache(annotations, folder):
     with pytest.raises(DataError, match=r"00\.jpg: 30 x 24 pixels are more than"):
-        open_image_cache(folder, annotations, SIZE, workers=0, max_pixels=30 * 24 - 1)
+        ImageCache.open(folder, annotations, SIZE, workers=0, max_pixels=30 * 24 - 1)
 
 
 @pytest.fixture
@@ -260,7 +260,7 @@ def start_slow_build(annotations, folder, tmp_path, monkeypatch):
     def build():
         # A background job of a shell, as the tests may be, starts with the signal ignored.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        assert_same_images(open_image_cache(folder, annotations, SIZE, workers=2), annotations)
+        assert_same_images(ImageCache.open(folder, annotations, SIZE, workers=2), annotations)
 
     def start_build(seconds_per_image):
         seconds.append(seconds_per_image)
@@ -304,6 +304,6 @@ def test_a_killed_build_is_not_taken_for_a_cache_and_is_cleared_away(
     run.join()
     monkeypatch.undo()
     assert [Path(name).suffix for name in files_in(folder)] == [".part"]
-    cache = open_image_cache(folder, annotations, SIZE, workers=0)
+    cache = ImageCache.open(folder, annotations, SIZE, workers=0)
     assert files_in(folder) == [cache.path.name]
     assert_same_images(cache, annotations)

@@ -1,8 +1,8 @@
 """The image cache: the squished images of a data set in one file, so that no epoch decodes them.
 
 The file is a header of 4,096 bytes, then N images of 3 x S x S bytes, then a table with the CRC-32
-of each (-1 of one that could not be read, int64), then the table's own CRC-32. It appears under its
-name when it is complete.
+of each (int64, -1 for one that could not be read), then the table's own CRC-32. It appears under
+its name when it is complete.
 """
 
 import fcntl
@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,17 +31,22 @@ from tqdm import tqdm
 from asl.atomic import replacing
 from asl.data.annotations import Annotations
 from asl.errors import DataError, UsageError
-from asl.images.decode import MAX_PIXELS, read_image, squish
+from asl.images.decode import read_image, squish
+from asl.images.settings import MAX_PIXELS, BadImages
 
 FORMAT = 1  # of the file, and of what `read_image` and `squish` make of a picture
 HEADER = 4096  # bytes: a page, so that images of 448 px (147 pages) begin at pages too
 CHUNK = 16  # images that a worker squishes before it writes them
 UNREADABLE = -1
+# At least so many file sizes are looked at when a cache is opened, and all of a set of fewer than
+# twice as many. A stat takes 5 to 20 microseconds on a local disk: for 1.7 million files that is 8
+# to 35 s, in every process, and many times that on a network file system.
+SIZES = 200_000
 log = logging.getLogger("asl")
 
 
 class ImageCache:
-    """The N squished images of a data set in one file, as `open_image_cache` returns it.
+    """The N squished images of a data set in one file. `open` finds or builds it.
 
     May be used in forked and in spawned processes, all of which share the pages of the file that
     are in memory.
@@ -51,14 +56,57 @@ class ImageCache:
         self, folder: Path, annotations: Annotations, size: int, max_pixels: int = MAX_PIXELS
     ) -> None:
         self.annotations, self.size, self.max_pixels = annotations, size, max_pixels
-        self._descriptor: int | None = None
-        self._unreadable: frozenset[int] = frozenset()
         key = _key(annotations, size)
-        name = f"{annotations.root.resolve().name}-{size}px-{key[:16]}.images"
-        self.path = Path(folder) / name
+        self.path = folder / f"{annotations.root.resolve().name}-{size}px-{key[:16]}.images"
         about = {"asl image cache": FORMAT, "key": key, "images": len(self), "size": size}
         self._header = json.dumps(about).encode().ljust(HEADER)
         self._image_bytes = 3 * size * size
+        self._unreadable: frozenset[int] = frozenset()
+        self._descriptor: int | None = None
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        annotations: Annotations,
+        size: int,
+        *,
+        workers: int,
+        max_pixels: int = MAX_PIXELS,
+        bad: BadImages = "error",
+    ) -> "ImageCache":
+        """The cache of these images at `size` px in `folder`, built by `workers` processes if new.
+
+        What it returns for an image is `squish(read_image(path, max_pixels), size)`, to the bit.
+
+        A cache belongs to the names of the files in their order, their sizes in bytes (of large
+        sets to those of `SIZES` files or more), the image size, and the versions of the decoders.
+        Other images go into another file, and none is deleted. Modification times do not count, so
+        a data set may be moved or copied. A picture that is replaced by one of as many bytes goes
+        unnoticed: delete the cache.
+
+        Every opening checks the header, the length, the table and 16 or more images: a file that
+        fails is built anew, with a warning. Of several runs and ranks one builds and the others
+        wait.
+
+        Raises `DataError` that names an image which cannot be read; with `bad` "skip", `read`
+        raises it for that image alone. Raises `UsageError` if the disk has too little space, before
+        anything is built, and if `folder` cannot be written to. Neither leaves a part of a cache
+        behind.
+        """
+        cache = cls(folder, annotations, size, max_pixels)
+        try:
+            try:
+                cache._load()
+            except (FileNotFoundError, ValueError):
+                with _locked(folder):
+                    cache._load_or_build(workers, bad)
+        except OSError as error:
+            raise UsageError(f"the image cache {cache.path}: {error.strerror or error}") from error
+        if bad == "error":  # the cache may have been built with "skip"
+            for index in sorted(cache._unreadable):
+                read_image(annotations.path(index), max_pixels)
+        return cache
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -75,13 +123,17 @@ class ImageCache:
         try:
             if self._descriptor is None:
                 self._descriptor = os.open(self.path, os.O_RDONLY)
-            # Not through a memory map. That is no faster (0.03 ms at 448 px), its pages count as
-            # memory of every worker, and a disk that fails is a signal in place of an error.
-            copied = os.preadv(self._descriptor, [out.numpy().data], self._offset(index))
+            # A memory map would be no faster (0.03 ms at 448 px), its pages would count as memory
+            # of every worker, and a disk that fails would be a signal in place of an error.
+            copied = os.preadv(self._descriptor, [out.numpy().data], self.offset(index))
         except OSError as error:
             raise DataError(f"{self.path}: {error.strerror}") from error
         if copied != self._image_bytes:
             raise DataError(f"{self.path} was cut short: start again, and it is built anew")
+
+    def offset(self, index: int) -> int:
+        """Where image `index` begins in the file; where the table does, for N."""
+        return HEADER + index * self._image_bytes
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_descriptor": None}  # a spawned process opens the file itself
@@ -90,40 +142,45 @@ class ImageCache:
         if self._descriptor is not None:
             os.close(self._descriptor)
 
-    def _offset(self, index: int) -> int:
-        return HEADER + index * self._image_bytes
+    @property
+    def _length(self) -> int:
+        return self.offset(len(self)) + 8 * len(self) + 4
 
-    def _ends(self) -> tuple[int, int]:  # of the images, and of the table behind them
-        end = self._offset(len(self))
-        return end, end + 8 * len(self) + 4
+    def _load_or_build(self, workers: int, bad: BadImages) -> None:
+        try:
+            self._load()  # another run may have built it while this one waited for the lock
+        except (FileNotFoundError, ValueError) as error:
+            if isinstance(error, ValueError):
+                log.warning("%s %s: it is built anew", self.path, error)
+            self._build(workers, bad)
+            self._load()
 
     def _load(self) -> None:
         # Raises FileNotFoundError, or ValueError that says what is wrong with the file.
-        end, length = self._ends()
         with self.path.open("rb") as file:
             if file.read(HEADER) != self._header:
                 raise ValueError("is not the cache that its name says")
-            if (found := os.fstat(file.fileno()).st_size) != length:
-                raise ValueError(f"has {found:,} bytes, not {length:,}")
-            file.seek(end)
+            if (found := os.fstat(file.fileno()).st_size) != self._length:
+                raise ValueError(f"has {found:,} bytes, not {self._length:,}")
+            file.seek(self.offset(len(self)))
             table = file.read(8 * len(self))
             if file.read(4) != zlib.crc32(table).to_bytes(4, "little"):
                 raise ValueError("has a damaged table")
             checksums = np.frombuffer(table, "<i8")
-            for index in _sample(len(self), 16):
-                file.seek(self._offset(index))
+            for index in _spread(len(self), 16):
+                file.seek(self.offset(index))
                 checksum = zlib.crc32(file.read(self._image_bytes))
                 if checksums[index] not in (checksum, UNREADABLE):
                     raise ValueError(f"has a damaged image (number {index})")
         self._unreadable = frozenset(np.flatnonzero(checksums == UNREADABLE).tolist())
 
-    def _build(self, workers: int, bad: str) -> None:
+    def _build(self, workers: int, bad: BadImages) -> None:
         for draft in self.path.parent.glob(".*.images.*.part"):  # of a build that was killed
             draft.unlink(missing_ok=True)
-        (end, length), free = self._ends(), shutil.disk_usage(self.path.parent).free
-        if length > free:
+        free = shutil.disk_usage(self.path.parent).free
+        if self._length > free:
             raise UsageError(
-                f"the image cache {self.path} needs {length:,} bytes, and {free:,} are free"
+                f"the image cache {self.path} needs {self._length:,} bytes, and {free:,} are free"
             )
         checksums: list[npt.NDArray[np.int64]] = []
         title = f"image cache at {self.size} px"
@@ -136,7 +193,7 @@ class ImageCache:
                 chunks,
                 batch_size=None,
                 num_workers=min(workers, len(chunks)),
-                worker_init_fn=_in_worker,
+                worker_init_fn=_ignore_interrupts,
                 generator=torch.Generator(),  # or it would draw from the global one
             )
             try:
@@ -149,62 +206,15 @@ class ImageCache:
                 # The traceback holds the loader, and with it the workers, until the process ends.
                 raise error.with_traceback(None) from None
             file.write(self._header)
-            file.seek(end)
+            file.seek(self.offset(len(self)))
             table = np.concatenate(checksums).astype("<i8").tobytes()
             file.write(table + zlib.crc32(table).to_bytes(4, "little"))
-
-
-def open_image_cache(
-    folder: Path,
-    annotations: Annotations,
-    size: int,
-    *,
-    workers: int,
-    max_pixels: int = MAX_PIXELS,
-    bad: Literal["error", "skip"] = "error",
-) -> ImageCache:
-    """The cache of these images at `size` px in `folder`, built by `workers` processes if need be.
-
-    What it returns for an image is `squish(read_image(path, max_pixels), size)`, to the bit.
-
-    A cache belongs to the names of the files in their order, the sizes in bytes of at least ten
-    thousand of them, the image size, and the versions of the decoders; other images go into another
-    file, and none is deleted. So a data set may move or be copied, which changes modification
-    times, and opening never costs a stat per image of millions. A picture that changed in place and
-    is not among those goes unnoticed: delete the file.
-
-    Every opening checks the header, the length, the table and 16 or more images: a file that fails
-    is built anew, with a warning. Of several runs and ranks one builds and the others wait.
-
-    Raises `DataError` that names an image which cannot be read; with `bad` "skip", `read` raises it
-    for that image alone. Raises `UsageError` if the disk has too little space, before anything is
-    built, and if `folder` cannot be written to. Neither leaves a part of a cache behind.
-    """
-    cache = ImageCache(folder, annotations, size, max_pixels)
-    try:
-        try:
-            cache._load()
-        except (FileNotFoundError, ValueError):
-            with _locked(cache.path.parent):
-                try:
-                    cache._load()  # another run may have built it meanwhile
-                except (FileNotFoundError, ValueError) as error:
-                    if isinstance(error, ValueError):
-                        log.warning("%s %s: it is built anew", cache.path, error)
-                    cache._build(workers, bad)
-                    cache._load()
-    except OSError as error:
-        raise UsageError(f"the image cache {cache.path}: {error.strerror or error}") from error
-    if bad == "error":  # of a cache that was built with "skip"
-        for index in sorted(cache._unreadable):
-            read_image(annotations.path(index), max_pixels)
-    return cache
 
 
 class _Chunks(Dataset[list[int] | Exception]):
     """Squishes and writes images, `CHUNK` at a time; the items are their checksums."""
 
-    def __init__(self, cache: ImageCache, draft: Path, bad: str) -> None:
+    def __init__(self, cache: ImageCache, draft: Path, bad: BadImages) -> None:
         self.cache, self.draft, self.bad = cache, draft, bad
 
     def __len__(self) -> int:
@@ -224,7 +234,7 @@ class _Chunks(Dataset[list[int] | Exception]):
                         raise
                     checksums.append(UNREADABLE)
             with self.draft.open("r+b") as file:
-                file.seek(cache._offset(first))
+                file.seek(cache.offset(first))
                 file.write(images.numpy().data)
         except (DataError, OSError) as error:
             # Returned, not raised: an exception that crosses processes becomes a printed traceback.
@@ -232,7 +242,7 @@ class _Chunks(Dataset[list[int] | Exception]):
         return checksums
 
 
-def _in_worker(worker: int) -> None:
+def _ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the workers too; the parent acts
 
 
@@ -259,15 +269,14 @@ def _key(annotations: Annotations, size: int) -> str:
     count = len(annotations)
     for start in range(0, count, 1 << 16):
         digest.update(b"\0".join(annotations.files[start : start + (1 << 16)].tolist()) + b"\0")
-    for index in _sample(count, 10_000):
+    for index in _spread(count, SIZES):
         try:
-            digest.update(b"%d " % Path(annotations.path(index)).stat().st_size)
+            digest.update(b"%d " % os.stat(annotations.path(index)).st_size)  # noqa: PTH116 (hot)
         except OSError:
             digest.update(b"- ")
     return digest.hexdigest()
 
 
-def _sample(count: int, size: int) -> range:
-    # Numbers below `count`, evenly spread: at least `size` of them where there are as many, and
-    # fewer than twice that.
-    return range(0, count, max(1, count // size))
+def _spread(count: int, least: int) -> range:
+    """Numbers below `count`, evenly spread: at least `least`, and all of fewer than twice that."""
+    return range(0, count, max(1, count // least))

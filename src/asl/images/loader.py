@@ -3,7 +3,6 @@
 import atexit
 import logging
 import os
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -20,92 +19,106 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from asl.data.annotations import Annotations
 from asl.distributed import rank, world_size
-from asl.errors import DataError, UsageError
+from asl.errors import DataError
 from asl.images.augment import apply, draw
 from asl.images.cache import ImageCache
-from asl.images.decode import MAX_PIXELS, read_image, squish
+from asl.images.decode import read_image, squish
+from asl.images.settings import AugmentSettings, ImageSettings, Policy
+from asl.images.slots import Slots
+from asl.images.torch_private import shut_down_workers
 
 MAX_UNREADABLE = 0.01  # share of the images that may be replaced before that is an error
 PREFETCH = 2  # batches that each worker makes ahead
-SHARED_MEMORY = Path("/dev/shm")
 log = logging.getLogger("asl")
 
 
 class Batch(NamedTuple):
-    """What a step takes: (B, 3, S, S) uint8 images and (B, C) int8 targets in {1, 0, -1}.
+    """What a step takes: (B, 3, S, S) uint8 images and (B', C) int8 targets in {1, 0, -1}.
 
-    `numbers` (B, 3, 7) is the augmentation that is still to be done, where the model is. There may
-    be fewer targets than images: the images that are left over are there to keep a rank company
-    (`Batches`), and do not count.
+    B' is B, but for a rank that the last batch has too few images for: that rank gets an image
+    without a target, because all ranks must take every step together. Such an image does not count.
+    `augmentation` (B, 3, 7) is what `prepare.preparation` has yet to do to the images.
     """
 
     images: Tensor
     targets: Tensor
-    numbers: npt.NDArray[np.float32] | None = None
+    augmentation: npt.NDArray[np.float32] | None = None
 
 
 class Batches:
     """The batches of a data set, epoch by epoch, or this rank's share of them.
 
-    Images are squished to `image_size`. With `shuffle` the order of an epoch depends on (`seed`,
-    epoch) and the augmentation of an image on (`seed`, epoch, index) alone: neither on `workers`,
-    nor on where the epoch is entered. The last batch may be smaller.
+    With `augment` it is a training set; without, images are not augmented, and one that cannot be
+    read is an error. With `shuffle` the order of an epoch depends on (`seed`, epoch) and the
+    augmentation of an image on (`seed`, epoch, index) alone: neither on the number of workers nor
+    on where the epoch is entered. `on_device` leaves augmentation to `prepare.preparation`.
 
-    Several ranks split every batch of a shuffled epoch, so that together they make the steps of
-    one; otherwise they are dealt whole batches, each made as one process would. All ranks see as
-    many batches: one without a share of the last gets a single image, and no target.
+    `batch_size` is that of all ranks together, `batch_size_per_rank` a rank's part of it, rounded
+    up, and the largest that it makes. All ranks make `len(self)` batches. Shuffled batches are
+    those of one process, split between the ranks. Otherwise the data set is cut into batches of
+    `batch_size_per_rank`, and rank r of n makes number r, n + r, 2 n + r, ... of them.
 
-    Workers fill shared memory of 2 `workers` + 1 batches over and over; `UsageError` if there is
-    less of it. What comes out is a copy, with `pin_memory` one that a GPU can fetch while the host
-    goes on.
+    The last batch may be smaller. In a shuffled epoch it is left out where a rank would get fewer
+    than two images of it, which batch normalisation cannot use, if full batches give every rank two
+    or more: that is a rest of 1 image on one rank, and of up to 15 on eight.
 
-    With `bad_images` "skip", an image that cannot be read is replaced by another, drawn by (`seed`,
-    epoch, index), and named in a warning when the epoch ends.
+    Workers fill shared memory of 2 `workers` + 1 batches over and over. What comes out is a copy,
+    with `pin_memory` one that a GPU can fetch while the host goes on.
+
+    With `augment.bad_images` "skip", an image that cannot be read is replaced by another, drawn by
+    (`seed`, epoch, index), and named in a warning when the epoch ends.
+
+    Raises `UsageError` if there is too little shared memory, and what `ImageCache.open` does.
     """
 
     def __init__(
         self,
         annotations: Annotations,
-        image_size: int,
-        batch_size: int,
+        settings: ImageSettings,
         *,
-        augment: str = "none",
-        augment_later: bool = False,
+        augment: AugmentSettings | None = None,
+        on_device: bool = False,
         shuffle: bool = False,
         seed: int = 0,
-        cache: ImageCache | None = None,
-        bad_images: str = "error",
-        max_pixels: int = MAX_PIXELS,
-        workers: int | None = None,
         pin_memory: bool = False,
     ) -> None:
-        self.batch_size, self.waited = batch_size, 0.0
-        self._order = _Order(len(annotations), batch_size, shuffle, seed)
-        workers = min(default_workers() if workers is None else workers, self._order.steps)
-        self._slots = _Slots(
-            # Another batch is asked for when one comes, which has yet to be copied.
-            count=min(workers * PREFETCH + 1, self._order.steps),
-            shape=(self._order.largest, 3, image_size, image_size),
-            targets=annotations.num_classes,
-            # Warps and look-ups want the channels apart. Decoders and models do not: to part them
-            # is a fifth of the work of reading.
-            planar=augment != "none" or cache is not None,
+        policy: Policy = augment.augment if augment else "none"
+        bad_images = augment.bad_images if augment else "error"
+        workers = default_workers() if settings.workers is None else settings.workers
+        cache = None
+        if settings.cache_dir:
+            cache = ImageCache.open(
+                Path(settings.cache_dir),
+                annotations,
+                settings.image_size,
+                workers=workers,
+                max_pixels=settings.max_pixels,
+                bad=bad_images,
+            )
+        self._sampler = RankSampler(len(annotations), settings.batch_size, shuffle, seed)
+        workers = min(workers, self._sampler.steps)
+        self._slots = Slots(
+            # A worker is given its next batch when one comes, which has yet to be copied.
+            min(workers * PREFETCH + 1, self._sampler.steps),
+            min(self._sampler.per_rank, len(annotations)),
+            settings.image_size,
+            annotations.num_classes,
+            # To part the channels is a fifth of the work of reading.
+            planar=policy != "none" or cache is not None,
             shared=workers > 0,
         )
-        self._samples = _Samples(
+        self._filler = _SlotFiller(
             annotations,
             self._slots,
             seed,
-            augment="none" if augment_later else augment,
+            policy="none" if on_device else policy,
             cache=cache,
             skip=bad_images == "skip",
-            max_pixels=max_pixels,
+            max_pixels=settings.max_pixels,
         )
-        self._later, self._reported = augment if augment_later else None, 0
-        self._pin_memory = pin_memory
         self._loader = DataLoader(
-            self._samples,
-            sampler=self._order,
+            self._filler,
+            sampler=self._sampler,
             batch_size=None,  # a sample of this loader is a batch
             collate_fn=_as_is,
             num_workers=workers,
@@ -116,10 +129,14 @@ class Batches:
             # generator of its own, it leaves the global one alone: a resumed run draws once more.
             generator=torch.Generator(),
         )
+        self.batch_size, self.batch_size_per_rank = settings.batch_size, self._sampler.per_rank
+        self.waited = 0.0
+        self._device_policy, self._pin_memory = policy if on_device else None, pin_memory
+        self._unreadable_reported = 0
         _alive.add(self)
 
     def __len__(self) -> int:
-        return self._order.steps
+        return self._sampler.steps
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch, from number `start` on; adds the seconds for them to `waited`.
@@ -127,35 +144,30 @@ class Batches:
         Raises `DataError` where an image cannot be read, or with `bad_images` "skip" more than
         `MAX_UNREADABLE` of them.
         """
-        self._order.epoch, self._order.start = epoch, start
+        self._sampler.set_epoch(epoch, start)
         asked = None  # the first batch is not counted: it comes when the workers have started
-        for error, share in zip(self._loader, self._order.shares(), strict=True):
+        for share, error in self._loader:
             self.waited += time.perf_counter() - asked if asked else 0.0
             if error is not None:
                 raise error
-            images, targets = (self._copy(tensor) for tensor in self._slots.of(share))
-            numbers = None
-            if self._later is not None:
-                numbers = draw(self._later, self._samples.seed, epoch, share.indices)
-            yield Batch(images, targets[: share.counted], numbers)
+            images, targets = map(self._copy, self._slots.batch(share.step, len(share.indices)))
+            augmentation = None
+            if self._device_policy is not None:
+                augmentation = draw(self._device_policy, self._filler.seed, epoch, share.indices)
+            yield Batch(images, targets[: share.num_targets], augmentation)
             asked = time.perf_counter()
         self._report_unreadable()
 
     def _copy(self, tensor: Tensor) -> Tensor:
         return torch.empty_like(tensor, pin_memory=self._pin_memory).copy_(tensor)
 
-    def _stop(self) -> None:
-        iterator = self._loader._iterator
-        if iterator is not None:
-            iterator._shutdown_workers()  # type: ignore[attr-defined]
-
     def _report_unreadable(self) -> None:
-        rows = self._samples.unreadable.nonzero().flatten().tolist()
-        if len(rows) > self._reported:
-            names = ", ".join(str(self._samples.annotations.path(row)) for row in rows[:5])
-            more = ", ..." if len(rows) > 5 else ""
-            log.warning("%d images cannot be read and were replaced: %s%s", len(rows), names, more)
-        self._reported = len(rows)
+        rows = self._filler.unreadable.nonzero().flatten().tolist()
+        if len(rows) > self._unreadable_reported:
+            names = ", ".join(str(self._filler.annotations.path(row)) for row in rows[:5])
+            dots = ", ..." if len(rows) > 5 else ""
+            log.warning("%d images cannot be read and were replaced: %s%s", len(rows), names, dots)
+        self._unreadable_reported = len(rows)
 
 
 def default_workers() -> int:
@@ -172,36 +184,44 @@ _alive: WeakSet[Batches] = WeakSet()
 @atexit.register
 def _stop_workers() -> None:
     for batches in _alive:
-        batches._stop()
+        shut_down_workers(batches._loader)
 
 
-class _Share(NamedTuple):
-    """A rank's samples of a step: with the seed, all that they depend on."""
+class RankBatch(NamedTuple):
+    """The samples of one rank in one step: with the seed, all that its batch depends on."""
 
     epoch: int
     step: int
     indices: npt.NDArray[np.int64]
-    counted: int  # the rest keeps the rank company
+    num_targets: int  # 0 where the only image keeps this rank in step; else one for each image
 
 
-class _Order(Sampler[_Share]):
-    """Which samples make this rank's batches of an epoch."""
+class RankSampler(Sampler[RankBatch]):
+    """Which samples make this rank's batches of an epoch; `Batches` says how ranks share them."""
 
     def __init__(self, size: int, batch_size: int, shuffle: bool, seed: int) -> None:
         self.size, self.batch_size, self.shuffle, self.seed = size, batch_size, shuffle, seed
-        together = batch_size if shuffle else batch_size * world_size()
-        self.steps = -(-size // together)
-        self.largest = -(-min(batch_size, size) // (world_size() if shuffle else 1))
-        self.epoch = self.start = 0
+        ranks = world_size()
+        self.per_rank = -(-batch_size // ranks)
+        together = batch_size if shuffle else self.per_rank * ranks
+        self.steps, rest = divmod(size, together)
+        if shuffle and 0 < rest < 2 * ranks <= batch_size and self.steps:
+            log.warning(
+                "each epoch leaves out %d of %d images, drawn anew: of a last batch of so few, some "
+                "process would get fewer than two, and batch normalisation needs two",
+                rest,
+                size,
+            )
+        elif rest:
+            self.steps += 1
+        self.set_epoch(0)
 
-    def __len__(self) -> int:
-        return self.steps - self.start
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose what the next iteration gives: the batches of `epoch` from number `start` on."""
+        self.epoch, self.start = epoch, start
 
-    def __iter__(self) -> Iterator[_Share]:
-        return self.shares()
-
-    def shares(self) -> Iterator[_Share]:
-        order, ranks, epoch = np.arange(self.size), world_size(), self.epoch
+    def __iter__(self) -> Iterator[RankBatch]:
+        epoch, order, ranks = self.epoch, np.arange(self.size), world_size()
         if self.shuffle:
             np.random.default_rng([self.seed, epoch]).shuffle(order)
         for step in range(self.start, self.steps):
@@ -209,58 +229,19 @@ class _Order(Sampler[_Share]):
                 batch = order[step * self.batch_size : (step + 1) * self.batch_size]
                 indices = batch[rank() :: ranks]
             else:
-                first = (step * ranks + rank()) * self.batch_size
-                indices = order[first : first + self.batch_size]
-            yield _Share(epoch, step, indices if len(indices) else order[:1], len(indices))
-
-
-class _Slots:
-    """Memory of `count` batches, which steps use in turn.
-
-    Memory new to both processes for every batch would have to be mapped page by page in each, which
-    at 448 px takes several times as long as to read the images from a cache.
-    """
-
-    def __init__(
-        self, count: int, shape: tuple[int, ...], targets: int, planar: bool, shared: bool
-    ) -> None:
-        batch, channels, height, width = shape
-        if not planar:
-            shape = (batch, height, width, channels)
-        self.images = _memory(torch.uint8, (count, *shape), shared)
-        if not planar:
-            self.images = self.images.permute(0, 1, 4, 2, 3)
-        self.targets = _memory(torch.int8, (count, batch, targets), shared)
-
-    def of(self, share: _Share) -> tuple[Tensor, Tensor]:
-        """The images and targets of a share: views of memory that a later step uses again."""
-        slot, size = share.step % len(self.images), len(share.indices)
-        return self.images[slot, :size], self.targets[slot, :size]
-
-
-def _memory(dtype: torch.dtype, shape: tuple[int, ...], shared: bool) -> Tensor:
-    if not shared:
-        return torch.empty(shape, dtype=dtype)
-    size = int(np.prod(shape))
-    if SHARED_MEMORY.is_dir() and size > (free := shutil.disk_usage(SHARED_MEMORY).free):
-        # It is taken when it is touched: a worker would be killed in the middle of an epoch.
-        raise UsageError(
-            f"the loader needs {size / 1e6:,.0f} MB of shared memory and {SHARED_MEMORY} has "
-            f"{free / 1e6:,.0f}: fewer --workers, a smaller --batch-size, or for a container a "
-            f"larger --shm-size"
-        )
-    storage = torch.UntypedStorage._new_shared(size, device="cpu")  # type: ignore[no-untyped-call]
-    return torch.empty(0, dtype=dtype).set_(storage).view(shape)
+                first = (step * ranks + rank()) * self.per_rank
+                indices = order[first : first + self.per_rank]
+            yield RankBatch(epoch, step, indices if len(indices) else order[:1], len(indices))
 
 
 @dataclass(eq=False)
-class _Samples(Dataset[DataError | None]):
-    """Fills the slots."""
+class _SlotFiller(Dataset[tuple[RankBatch, DataError | None]]):
+    """Reads the images and targets of a batch into its slot; the item is what was asked for."""
 
     annotations: Annotations
-    slots: _Slots
+    slots: Slots
     seed: int
-    augment: str
+    policy: Policy
     cache: ImageCache | None
     skip: bool
     max_pixels: int
@@ -270,30 +251,27 @@ class _Samples(Dataset[DataError | None]):
         self.unreadable = torch.zeros(len(self.annotations), dtype=torch.bool)
         self.unreadable.share_memory_()  # type: ignore[no-untyped-call]
 
-    def __len__(self) -> int:
-        return len(self.annotations)
-
-    def __getitem__(self, share: _Share) -> DataError | None:
-        images, targets = self.slots.of(share)
+    def __getitem__(self, share: RankBatch) -> tuple[RankBatch, DataError | None]:
+        images, targets = self.slots.batch(share.step, len(share.indices))
         raw = torch.empty(images.shape[1:], dtype=torch.uint8)
-        numbers = draw(self.augment, self.seed, share.epoch, share.indices)
+        augmentation = draw(self.policy, self.seed, share.epoch, share.indices)
         try:
-            for image, target, index, number in zip(
-                images, targets, share.indices.tolist(), numbers, strict=True
+            for image, target, index, transforms in zip(
+                images, targets, share.indices.tolist(), augmentation, strict=True
             ):
-                augmented = number.any()
+                augmented = transforms.any()
                 row = self._read(share.epoch, index, raw if augmented else image)
                 target.copy_(torch.from_numpy(self.annotations.labels(row)))
                 if augmented:
-                    apply(raw, number, out=image)
+                    apply(raw, transforms, out=image)
         except DataError as error:
             # Returned, not raised: an exception that crosses processes becomes a printed traceback.
-            return error
-        return None
+            return share, error
+        return share, None
 
-    def _read(self, epoch: int, row: int, image: Tensor) -> int:
-        """Fill `image` with that of `row`, or the one that replaces it; returns its row."""
-        wanted, others = row, list[int]()
+    def _read(self, epoch: int, index: int, image: Tensor) -> int:
+        """Fill `image` with that of `index`, or of the row that replaces it; returns the row."""
+        row, others = index, list[int]()
         for attempt in range(100):
             try:
                 if self.cache is not None:
@@ -305,18 +283,20 @@ class _Samples(Dataset[DataError | None]):
             except DataError as error:
                 if not self.skip:
                     raise
-                self.unreadable[row] = True
-                bad = int(self.unreadable.sum())
-                if bad > MAX_UNREADABLE * len(self):
-                    raise DataError(
-                        f"{bad} of {len(self):,} images cannot be read, more than 1 %; the last: "
-                        f"{error}"
-                    ) from None
+                self._count_unreadable(row, error)
                 if not others:
-                    random = np.random.default_rng([self.seed, epoch, wanted])
-                    others = random.integers(len(self), size=100).tolist()
+                    random = np.random.default_rng([self.seed, epoch, index])
+                    others = random.integers(len(self.annotations), size=100).tolist()
                 row = others[attempt]
         raise AssertionError("a hundred images drawn at random, and not one of 99 % that is good")
+
+    def _count_unreadable(self, row: int, error: DataError) -> None:
+        self.unreadable[row] = True
+        bad, size = int(self.unreadable.sum()), len(self.annotations)
+        if bad > MAX_UNREADABLE * size:
+            raise DataError(
+                f"{bad} of {size:,} images cannot be read, more than 1 %; the last: {error}"
+            ) from None
 
 
 def _as_is(batch: object) -> object:

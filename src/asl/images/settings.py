@@ -9,6 +9,9 @@ from asl.config import Settings
 
 MAX_PIXELS = 89_478_485  # Pillow's: above it a picture may be a decompression bomb
 
+Policy = Literal["recipe", "flip", "none"]
+BadImages = Literal["error", "skip"]
+
 
 class ImageSettings(Settings):
     """How images are read and made batches of."""
@@ -35,7 +38,7 @@ class ImageSettings(Settings):
 class AugmentSettings(Settings):
     """What happens to training images, and to those of them that cannot be read."""
 
-    augment: Literal["recipe", "flip", "none"] = Field(
+    augment: Policy = Field(
         "recipe",
         description="Cutout and RandAugment as in the paper, a horizontal flip, or nothing",
     )
@@ -43,7 +46,7 @@ class AugmentSettings(Settings):
         "auto",
         description="where that is done; auto: on a CUDA GPU if there is one, else in the workers",
     )
-    bad_images: Literal["error", "skip"] = Field(
+    bad_images: BadImages = Field(
         "error",
         description="training images that cannot be read: stop, or take another in their place, "
         "up to 1 %",

@@ -1,0 +1,49 @@
+"""From a batch on the host to the model's input on the device."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from asl.errors import UsageError
+from asl.images.augment import apply_batch
+from asl.images.loader import Batch
+from asl.images.settings import AugmentSettings
+
+Statistics = tuple[float, float, float]  # red, green, blue
+
+
+def preparation(
+    mean: Statistics, std: Statistics, device: torch.device
+) -> Callable[[Batch], Tensor]:
+    """What makes (B, 3, S, S) float32 images on the device of a batch: (x / 255 - mean) / std.
+
+    It first does the augmentation that the batch still asks for. The result is channels-last, the
+    layout that convolutions are fastest in.
+    """
+    means, stds = (torch.tensor(each, device=device).view(3, 1, 1) for each in (mean, std))
+    scale, shift = 1 / (255 * stds), -means / stds
+
+    def prepare(batch: Batch) -> Tensor:
+        images = batch.images.to(device, non_blocking=True)
+        if batch.augmentation is not None:
+            images = apply_batch(images, batch.augmentation)
+        pixels = images.to(torch.float32, memory_format=torch.channels_last)
+        return torch.addcmul(shift, pixels, scale)
+
+    return prepare
+
+
+def augments_on_device(settings: AugmentSettings, device_type: str) -> bool:
+    """Whether training images are augmented where the model is, and not in the workers.
+
+    By default so on CUDA alone. Raises `UsageError` for the recipe on a device without float64.
+    """
+    if settings.augment_on == "device" and settings.augment == "recipe" and device_type == "mps":
+        raise UsageError(
+            "augment_on is device, but AutoContrast needs float64, which Apple GPUs do not have: "
+            "use --augment-on workers"
+        )
+    return settings.augment_on == "device" or (
+        settings.augment_on == "auto" and device_type == "cuda"
+    )
