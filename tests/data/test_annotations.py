@@ -53,6 +53,14 @@ def test_a_subset_has_the_rows_in_the_order_asked_for(case):
         np.testing.assert_array_equal(part.files, data.files[rows])
 
 
+def test_a_subset_of_no_rows_is_empty(case):
+    data, _ = case
+    for rows in ([], (), np.zeros(N, dtype=bool)):
+        part = data.subset(rows)
+        assert (len(part), part.dense().shape) == (0, (0, C))
+    assert len(part.subset([])) == 0
+
+
 def test_classes_are_picked_by_number(case):
     data, table = case
     part = data.with_classes([4, 0], ["E", "A"])

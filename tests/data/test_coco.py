@@ -101,6 +101,81 @@ def test_lvis_cells_are_known_only_where_the_image_says_so(tmp_path):
     assert coco(tmp_path, "lvis_v1_train").labels(0).tolist() == [1, 0, -1, -1]
 
 
+def test_one_image_with_absent_classes_makes_the_set_a_partial_one(root):
+    images = [{**IMAGES[0], "neg_category_ids": [18]}, *IMAGES[1:]]
+    write(root / "annotations" / "instances_train2014.json", images)
+    data = coco(root, "train2014")
+    assert data.dense().tolist() == [[1, -1, 1], [0, 1, -1], [1, -1, -1]]
+
+
+NULLS = [
+    {"id": 1, "file_name": "a.jpg", "coco_url": None, "neg_category_ids": None, "license": None},
+    {"id": 2, "file_name": None, "coco_url": "http://x/y/b.jpg"},
+]
+
+
+@pytest.mark.parametrize(
+    ("images", "change"),
+    [
+        (NULLS, lambda text: text),
+        (NULLS, lambda text: b"\xef\xbb\xbf" + text),
+        (NULLS, lambda text: text.replace(b'"area": 0', b'"area": NaN')),
+        (NULLS, lambda text: text.replace(b'"area": 0', b'"area": [-Infinity, Infinity]')),
+        (NULLS, lambda text: text.replace(b'"area": 0', b'"area": [NaN, ' + b"9" * 40 + b"]")),
+        (NULLS, lambda text: b"\xef\xbb\xbf" + text.replace(b'"area": 0', b'"area": NaN')),
+        (NULLS, lambda text: text.replace(b'_id": 2', b'_id": 2.0').replace(b": 3,", b": 3.0,")),
+        (NULLS, lambda text: text.replace(b'"id": 2', b'"id": 2.0')),
+    ],
+    ids=[
+        "null",
+        "BOM",
+        "NaN",
+        "Infinity",
+        "NaN and a huge number",
+        "BOM and NaN",
+        "whole ids",
+        "whole ids of images",
+    ],
+)
+def test_what_converters_write_is_read(root, images, change):
+    objects = [{"image_id": i, "category_id": 3, "area": 0} for i in (1, 2)]
+    path = write(root / "annotations" / "instances_train2014.json", images, objects)
+    text = path.read_bytes()
+    path.write_bytes(change(text))
+    data = coco(root, "train2014")
+    assert data.files.tolist() == [b"a.jpg", b"y/b.jpg"]
+    assert data.dense().tolist() == [[0, 1, 0], [0, 1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b'"image_id": 7', b'"image_id": NaN', r"got `null` - at `\$.annotations\[1\].image_id`"),
+        (b'"info": {}', b'"info": NaN, nothing', "Expecting property name"),
+        (b'"info": {}', b'"info": NaN, "date": "\\ud800"', "surrogates not allowed"),
+        (b'"info": {}', b'"info": [NaN, ' + b"9" * 5000 + b"]", "is not a JSON in"),
+        (b'"info": {}', b'"info": [NaN, ' + b"[" * 100_000, "recursion"),
+        (b'"image_id": 7', b'"image_id": true', "got `bool`"),
+        (b'"image_id": 7', b'"image_id": 1.5', r"annotations\[1\].image_id: there is no 1.5$"),
+        (b'"info": {}', b"", "malformed"),
+    ],
+)
+def test_what_cannot_be_meant_is_an_error_all_the_same(root, old, new, message):
+    path = root / "annotations" / "instances_train2014.json"
+    text = path.read_bytes()
+    assert old in text
+    path.write_bytes(text.replace(old, new))
+    with pytest.raises(DataError, match=message) as error:
+        coco(root, "train2014")
+    assert str(path) in str(error.value)
+
+
+def test_a_name_may_be_nan(root):
+    categories = [*CATEGORIES, {"id": 1, "name": "NaN"}]
+    write(root / "annotations" / "instances_train2014.json", categories=categories)
+    assert coco(root, "train2014").classes[3] == "NaN"
+
+
 def test_a_class_without_an_object_stays_a_class(root):
     write(root / "annotations" / "instances_train2014.json", annotations=OBJECTS[:1])
     assert coco(root, "train2014").counts(1).tolist() == [0, 0, 1]
@@ -184,6 +259,19 @@ def test_what_is_there_is_said_for_what_is_not(root):
         coco(root / "train2014", "train2014")
     with pytest.raises(DataError, match=r"holds annotations/, train2014/"):
         coco(root / "coco", "train2014")
+
+
+def test_the_splits_are_those_of_the_instances_else_those_of_any_json(tmp_path):
+    folder = tmp_path / "annotations"
+    folder.mkdir()
+    for name in ("mine", "train"):
+        (folder / f"{name}.json").touch()
+    assert splits(tmp_path) == ["mine", "train"]
+    for name in ("captions_val2014", "person_keypoints_val2014", "instances_val2014"):
+        (folder / f"{name}.json").touch()
+    assert splits(tmp_path) == ["val2014"]
+    write(folder / "mine.json")
+    assert len(coco(tmp_path, "mine")) == 3
 
 
 def test_a_repeated_object_costs_nothing(root):

@@ -25,6 +25,27 @@ def test_what_is_written_is_read_back_to_the_bit(tmp_path):
     assert torch.equal(prior, PRIOR)
 
 
+def test_any_name_of_a_class_is_read_back(tmp_path):
+    names = ("a\nb", "c\r\nd", "e\rf", "g\u2028h", "\x0bi", '"j"', " k ", "l,m", "'n", "é", "7")
+    prior = torch.linspace(0, 1, len(names))
+    write_prior(tmp_path / "prior.csv", names, prior)
+    for order in (names, names[::-1]):
+        expected = prior[[names.index(name) for name in order]]
+        assert torch.equal(read_prior(tmp_path / "prior.csv", order), expected)
+    broken = "a\nb"
+    with pytest.raises(DataError, match=r"row 2: 'a\\nb' is not a class"):
+        read_prior(tmp_path / "prior.csv", [name for name in names if name != broken])
+
+
+def test_every_value_is_read_back_to_the_bit(tmp_path):
+    random = np.random.default_rng(0)
+    values = 10.0 ** -random.uniform(0, 44, 3000)
+    prior = torch.tensor([*values, 0.0, 1.0]).float()
+    names = [f"class {number}" for number in range(len(prior))]
+    write_prior(tmp_path / "prior.csv", names, prior)
+    assert torch.equal(read_prior(tmp_path / "prior.csv", names), prior)
+
+
 def test_rows_are_matched_by_name_in_any_order(tmp_path):
     rows = ["3,diningtable,0.3", "", "0,couch,0.2", "1,Person,1"]
     path = file(tmp_path / "a.csv", *rows, header=",Classes,avg_pred")

@@ -1,13 +1,19 @@
-"""`read`: dispatch, default splits, and the parsed-annotations cache."""
+"""`read`: dispatch, default splits, and the cache of parsed annotations."""
 
+import inspect
 import json
 import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
-from asl.data.readers import READERS, default_split, read
+from asl.data.readers import READERS, default_split, read, splits
+from asl.data.settings import Dataset, DataSettings, LabelSettings
 from asl.errors import DataError, UsageError
 
 
@@ -204,6 +210,38 @@ def test_unknown_names_are_usage_errors(root):
     with pytest.raises(UsageError, match="no option 'all_images', only: difficult"):
         read("voc", root, "train", all_images=True)
     assert len(read("voc", root, "train", all_images=None)) == 2
+
+
+def test_the_settings_offer_the_data_sets_that_have_a_reader():
+    assert get_args(Dataset) == tuple(READERS)
+
+
+@pytest.mark.parametrize("dataset", READERS)
+def test_a_reader_takes_the_options_that_it_names_and_each_is_a_setting(dataset):
+    parameters = list(inspect.signature(READERS[dataset].read).parameters.values())
+    assert [each.name for each in parameters[:2]] == ["root", "split"]
+    assert sorted(each.name for each in parameters[2:]) == sorted(READERS[dataset].options)
+    assert all(each.kind is each.KEYWORD_ONLY for each in parameters[2:])
+    settings = {*DataSettings.model_fields, *LabelSettings.model_fields, "difficult"}
+    assert {*READERS[dataset].options} <= settings
+
+
+def test_the_splits_that_exist_are_listed(root):
+    write_voc(root)
+    (root / "ImageSets" / "Main" / "cat_val.txt").touch()
+    assert splits("voc", str(root)) == ["train", "val"]
+
+
+def test_the_losses_and_the_settings_need_no_library_of_the_readers():
+    code = (
+        "import sys; import asl, asl.data.settings;"
+        "print(sorted({'msgspec', 'polars', 'PIL', 'asl.data.readers'} & set(sys.modules)))"
+    )
+    source = Path(__file__).parents[2] / "src"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == "[]"
 
 
 def test_the_key_of_the_cache_is_readable(root, cache):

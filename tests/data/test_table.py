@@ -40,6 +40,55 @@ def test_one_column_per_class(tmp_path):
     assert rows(table(path, "val")) == {"c.jpg": [-1, 0]}
 
 
+@pytest.mark.parametrize("marks", ["True,False,TRUE", "true,false,1", "1,0,True"])
+def test_cells_may_be_true_and_false(tmp_path, marks):
+    path = write(tmp_path / "t.csv", f"path,split,a,b,c\nx.jpg,train,{marks}\n")
+    assert table(path, "train").labels(0).tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("name", ["label", "Labels", "tags", "Class"])
+@pytest.mark.parametrize("cell", ["cat|dog", "1"])
+def test_a_column_that_is_called_nearly_labels_is_pointed_out(tmp_path, name, cell):
+    path = write(tmp_path / "t.csv", f"path,split,{name}\nx.jpg,train,{cell}\n")
+    with pytest.raises(DataError, match=f"t.csv: column {name} would be the only class: call it l"):
+        table(path, "train")
+
+
+def test_names_in_a_column_that_is_called_nearly_labels_are_pointed_out(tmp_path):
+    hint = r"Names of classes belong in a column called labels$"
+    path = write(tmp_path / "t.csv", "path,split,cat,tags\nx.jpg,train,1,0\ny.jpg,train,1,big\n")
+    with pytest.raises(DataError, match=rf"row 3, column tags: 'big' is not 1, .*\. {hint}"):
+        table(path, "train")
+    frame = pl.DataFrame({"path": ["x"], "cat": [1], "tags": [["a", "b"]]})
+    frame.write_parquet(tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=rf"column tags is of type .*\. {hint}"):
+        table(tmp_path / "t.parquet", "train")
+
+
+def test_a_class_may_be_called_label_beside_others(tmp_path):
+    path = write(tmp_path / "t.csv", "path,split,bottle,label\nx.jpg,train,1,0\n")
+    assert table(path, "train").classes == ("bottle", "label")
+
+
+@pytest.mark.parametrize("column", ["row", "file: row"])
+def test_a_class_may_have_any_name_that_the_table_has(tmp_path, column):
+    path = write(tmp_path / "t.csv", f"path,split,{column}\nx.jpg,train,1\n")
+    assert table(path, "train").classes == (column,)
+
+
+def test_a_wrong_path_is_named_by_its_own_file_and_row(tmp_path):
+    write(tmp_path / "a.csv", "path,labels\nx.jpg,cat\n")
+    write(tmp_path / "b.csv", "path,labels\n\nx.jpg,cat\n,\ny.jpg,cat\nx.jpg,dog\n")
+    with pytest.raises(DataError, match=r"b.csv: row 6: 'x.jpg' is already at .*b.csv: row 3$"):
+        table(tmp_path, "b")
+    pl.DataFrame({"path": ["x.jpg", "x.jpg"], "labels": "cat"}).write_parquet(
+        tmp_path / "b.parquet"
+    )
+    write(tmp_path / "b.csv", "path,labels\ny.jpg,cat\n")
+    with pytest.raises(DataError, match=r"b.parquet: row 2: 'x.jpg' is already at .*: row 1$"):
+        table(tmp_path, "b")
+
+
 @pytest.mark.parametrize(("cells", "implied"), [("0,0,1", 0), ("-1,,1", -1), ("1,1,1", 0)])
 def test_the_commoner_value_is_implied(tmp_path, cells, implied):
     path = write(tmp_path / "t.csv", f"path,split,a,b,c\nx.jpg,train,{cells}\n")

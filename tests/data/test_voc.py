@@ -32,6 +32,14 @@ def test_difficult_counts_as_asked(tmp_path, difficult, label):
     assert data.dense().tolist() == [[1, 0], [0, 1], [1, label]]
 
 
+def test_blank_lines_do_no_harm(tmp_path):
+    write(tmp_path, {"cat": LISTS["cat"] + "\n", "bird": "\n" + LISTS["bird"] + " \n\n"})
+    assert voc(tmp_path, "train").dense().tolist() == [[1, 0], [0, 1], [1, 1]]
+    write(tmp_path, {"cat": "\n", "bird": "\n"})
+    with pytest.raises(DataError, match=r"bird_train.txt is empty"):
+        voc(tmp_path, "train")
+
+
 def test_several_years_have_to_be_told_apart(tmp_path):
     write(tmp_path / "VOC2007")
     write(tmp_path / "VOC2012")

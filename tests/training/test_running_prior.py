@@ -1,5 +1,6 @@
 """The mean score by class that training keeps."""
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -21,6 +22,17 @@ def test_the_running_prior_goes_on_where_it_was_kept():
     second.load_state_dict(first.state_dict())
     second.update(torch.full((30, 3), 100, dtype=torch.float16))
     torch.testing.assert_close(second.prior, torch.full((3,), (10 * 0.5 + 30) / 40))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_of_half_precision_logits_are_summed_in_full(dtype):
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(3000, 4, generator=random).sub(4).to(dtype)
+    running = RunningPrior(4)
+    for batch in logits.split(1000):
+        running.update(batch)
+    expected = logits.double().sigmoid().mean(dim=0).float()
+    torch.testing.assert_close(running.prior, expected, rtol=1e-5, atol=0)
 
 
 def two_ranks(rank, init, queue):

@@ -142,7 +142,7 @@ def _decode(path: Path) -> Instances:
                 data = _instances(text)
     except OSError as error:
         raise unreadable(path, error) from error
-    except (msgspec.DecodeError, ValueError, OverflowError, RecursionError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is not a JSON in COCO's instances format: {error}") from None
     for name in ("categories", "images"):
         if not getattr(data, name):
