@@ -127,6 +127,18 @@ def test_what_changes_the_pixels_changes_the_file(annotations, folder, monkeypat
     assert torch.equal(read(second, 17), squished(annotations, 17, size))
 
 
+def test_any_picture_of_a_large_set_that_changes_its_size_changes_the_file(annotations, folder):
+    for index in (1, 12_345, 24_999):
+        rows = np.zeros(25_000, int)
+        rows[index] = 17
+        before = ImageCache(folder, annotations.subset(rows), SIZE).path
+        content = Path(annotations.path(17)).read_bytes()
+        Path(annotations.path(17)).write_bytes(content + b"\0")
+        assert ImageCache(folder, annotations.subset(rows), SIZE).path != before
+        Path(annotations.path(17)).write_bytes(content)
+        assert ImageCache(folder, annotations.subset(rows), SIZE).path == before
+
+
 def start(function, *arguments):
     """A process in a group of its own, as a shell's jobs are, that ends as the scripts do."""
 

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from asl.errors import DataError
+from asl.images import decode
 from asl.images.decode import MAX_SCANS, find_images, read_image, squish
 
 
@@ -54,6 +55,17 @@ def rotated_by_exif(picture):
     return encode(picture, "JPEG", exif=exif)
 
 
+def segment(marker, content):
+    return marker + struct.pack(">H", 2 + len(content)) + content
+
+
+def with_comment(picture, content, **options):
+    jpeg = encode(picture, "JPEG", **options)
+    return jpeg[:2] + segment(b"\xff\xfe", content) + jpeg[2:]
+
+
+MANY_SCANS = b"\xff\xda\0\x08\1\1\0\0\x3f\0?" * (MAX_SCANS + 1)  # or what looks like them
+
 READABLE = {
     "JPEG": lambda p: encode(p, "JPEG"),
     "progressive JPEG": lambda p: encode(p, "JPEG", progressive=True),
@@ -62,6 +74,8 @@ READABLE = {
     "YCCK JPEG": ycck,
     "JPEG with EXIF rotation": rotated_by_exif,
     "several pictures in one JPEG": lambda p: encode(p, "MPO"),
+    "JPEG with a film behind it": lambda p: encode(p, "JPEG") + b"ftypmp42" + MANY_SCANS,
+    "JPEG with scans in a comment": lambda p: with_comment(p, MANY_SCANS),
     "PNG": lambda p: encode(p, "PNG"),
     "PNG with alpha": lambda p: encode(p.convert("RGBA"), "PNG"),
     "greyscale PNG with alpha": lambda p: encode(p.convert("LA"), "PNG"),
@@ -96,11 +110,50 @@ def test_a_palette_with_alpha_keeps_its_colours(picture, tmp_path):
     assert torch.equal(read_image(tmp_path / "a.png"), tensor(picture.quantize(256)))
 
 
-def test_16_bit_greyscale_keeps_its_upper_bits(tmp_path):
-    ramp = np.arange(256 * 256, dtype=np.uint16).reshape(256, 256)
-    Image.fromarray(ramp).save(tmp_path / "a.png")
-    expected = torch.arange(256, dtype=torch.uint8)[:, None].expand(3, 256, 256)
-    assert torch.equal(read_image(tmp_path / "a.png"), expected)
+RAMP = torch.arange(256, dtype=torch.uint8)[:, None].expand(3, 256, 256)
+
+
+@pytest.mark.parametrize(
+    ("file_format", "mode"), [("PNG", "I;16"), ("TIFF", "I;16"), ("TIFF", "I;16B")]
+)
+def test_16_bit_greyscale_keeps_its_upper_bits(file_format, mode, tmp_path):
+    ramp = np.arange(256 * 256, dtype=">u2" if mode == "I;16B" else "<u2").reshape(256, 256)
+    Image.frombytes(mode, ramp.shape, ramp.tobytes()).save(tmp_path / "a", file_format)
+    assert torch.equal(read_image(tmp_path / "a"), RAMP)
+
+
+def tiff(bits, sample_format, pixels):
+    """A TIFF of 256 x 256 px and one uncompressed channel."""
+    tags = {256: 256, 257: 256, 258: bits, 259: 1, 262: 1, 273: 200, 277: 1, 278: 256}
+    tags |= {279: len(pixels), 339: sample_format}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries
+    return head.ljust(200, b"\0") + pixels
+
+
+def test_12_bit_greyscale_keeps_its_upper_bits(tmp_path):
+    ramp = np.arange(0, 1 << 16, 16).repeat(16).reshape(-1, 2) >> 4  # two pixels in three bytes
+    low, high = ramp[:, 0], ramp[:, 1]
+    packed = np.stack((low >> 4, (low & 15) << 4 | high >> 8, high & 255), 1).astype(np.uint8)
+    (tmp_path / "a").write_bytes(tiff(12, 1, packed.tobytes()))
+    assert torch.equal(read_image(tmp_path / "a"), RAMP)
+
+
+@pytest.mark.parametrize("kind", ["CMYK JPEG", "YCCK JPEG", "JPEG", "greyscale JPEG"])
+def test_torchvision_decodes_all_jpegs_but_those_of_inks(kind, picture, tmp_path, monkeypatch):
+    monkeypatch.setattr(decode, "decode_jpeg", lambda content: torch.zeros(3, 90, 120))
+    (tmp_path / "a").write_bytes(READABLE[kind](picture))
+    expected = tensor(Image.open(tmp_path / "a")) if "CK" in kind or "CM" in kind else 0
+    assert (read_image(tmp_path / "a") == expected).all()
+
+
+def test_pillow_decodes_what_torchvision_cannot(picture, tmp_path, monkeypatch):
+    def refuse(content):
+        raise RuntimeError("unsupported")
+
+    monkeypatch.setattr(decode, "decode_jpeg", refuse)
+    picture.save(tmp_path / "a.jpg")
+    assert torch.equal(read_image(tmp_path / "a.jpg"), tensor(Image.open(tmp_path / "a.jpg")))
 
 
 def damaged(picture):
@@ -152,7 +205,15 @@ def jpeg_of_many_scans(picture):
     return content[:-2] + content[last:-2] * MAX_SCANS + content[-2:]
 
 
+def with_many_scans(jpeg, before=b""):
+    """Scans before the end of the image, not behind it."""
+    return jpeg[:-2] + before + MANY_SCANS + jpeg[-2:]
+
+
 UNREADABLE = {
+    "float TIFF": (lambda p: tiff(32, 3, bytes(4 << 16)), r"mode F \(floating point\)"),
+    "int32 TIFF": (lambda p: tiff(32, 2, bytes(4 << 16)), r"mode I \(32-bit integers\)"),
+    "signed 16-bit TIFF": (lambda p: tiff(16, 2, bytes(2 << 16)), "mode I"),
     "empty": (lambda p: b"", "empty"),
     "text": (lambda p: b"not a picture\n" * 50, "not an image"),
     "archive": (lambda p: b"PK\x03\x04" + bytes(200), "not an image"),
@@ -176,6 +237,18 @@ UNREADABLE = {
     "huge international text": (lambda p: png_with_gigantic(b"iTXt", b"a\0\1\0\0\0"), "too large"),
     "huge colour profile": (lambda p: png_with_gigantic(b"iCCP", b"a\0\0"), "too large"),
     "thousands of scans": (jpeg_of_many_scans, "more than 100 scans"),
+    "scans behind an end in a comment": (
+        lambda p: with_many_scans(with_comment(p, b"\xff\xd9")),
+        "more than 100 scans",
+    ),
+    "scans behind an end in a comment between scans": (
+        lambda p: with_many_scans(encode(p, "JPEG"), segment(b"\xff\xfe", b"\xff\xd9")),
+        "more than 100 scans",
+    ),
+    "scans behind restarts": (
+        lambda p: with_many_scans(encode(p, "JPEG"), b"\xff\xd0\xff\0\xff\xff\xff\x02\xff\xff"),
+        "more than 100 scans",
+    ),
 }
 
 
@@ -292,3 +365,26 @@ def test_squish_fills_a_slot_of_a_batch_with_the_same_pixels(picture, layout):
 def test_a_name_too_long_to_look_for_says_so(tmp_path):
     with pytest.raises(DataError, match="too long"):
         find_images(tmp_path / ("a" * 300))
+
+
+def test_images_are_found_by_their_extension_in_all_folders_in_order(tmp_path):
+    for name in ("b/2.JPG", "b/1.png", "a.webp", "c.txt", "b/d/x.tiff", "e.jpg/f.gif"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    root, names = find_images(tmp_path)
+    assert root == tmp_path
+    assert names.tolist() == [b"a.webp", b"b/1.png", b"b/2.JPG", b"b/d/x.tiff", b"e.jpg/f.gif"]
+
+
+def test_a_file_that_is_named_itself_may_have_any_extension(tmp_path):
+    (tmp_path / "picture").touch()
+    root, names = find_images(tmp_path / "picture")
+    assert (root, names.tolist()) == (tmp_path, [b"picture"])
+
+
+def test_no_image_to_be_found_is_an_error(tmp_path):
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(DataError, match=r"holds no image \(.*\.jpeg"):
+        find_images(tmp_path)
+    with pytest.raises(DataError, match="nowhere is not there"):
+        find_images(tmp_path / "nowhere")

@@ -207,8 +207,8 @@ class RankSampler(Sampler[RankBatch]):
         self.steps, rest = divmod(size, together)
         if shuffle and 0 < rest < 2 * ranks <= batch_size and self.steps:
             log.warning(
-                "each epoch leaves out %d of %d images, drawn anew: of a last batch of so few, some "
-                "process would get fewer than two, and batch normalisation needs two",
+                "each epoch leaves out %d of %d images, drawn anew: some process would get fewer "
+                "than two of a last batch so small, and batch normalisation needs two",
                 rest,
                 size,
             )
