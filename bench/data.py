@@ -38,9 +38,10 @@ from torchvision import transforms
 from asl.data.annotations import Annotations
 from asl.data.readers.shapes import draw_shapes
 from asl.images.augment import apply, draw
-from asl.images.cache import ImageCache, open_image_cache
+from asl.images.cache import ImageCache
 from asl.images.decode import find_images, read_image, squish
 from asl.images.loader import Batches
+from asl.images.settings import AugmentSettings, ImageSettings
 
 CLASSES, BATCH = 80, 32
 GREY = (128, 128, 128)
@@ -61,7 +62,7 @@ def affine(*coefficients: float, resample: Any = Image.Resampling.NEAREST) -> Ca
 
 def patch(image: Image.Image, amount: float) -> Image.Image:
     """RandAugment's Cutout."""
-    return cut(image, round(amount), (125, 122, 113))
+    return cut(image, 2 * (round(amount) // 2), (125, 122, 113))
 
 
 def cut(image: Image.Image, side: int, colour: tuple[int, int, int]) -> Image.Image:
@@ -101,7 +102,7 @@ def signed(amount: float) -> float:
 def augment(image: Image.Image) -> Image.Image:
     """Cutout of half the side in a random colour, then the recipe's RandAugment."""
     red, green, blue = (random.randrange(256) for _ in range(3))
-    image = cut(image, round(0.5 * image.width), (red, green, blue))
+    image = cut(image, 2 * (round(0.5 * image.width) // 2) + 1, (red, green, blue))
     for operation, amount in random.choices(RANDAUGMENT, k=2):
         level = random.randint(1, 9) / 9
         if random.random() < 0.5:
@@ -131,29 +132,32 @@ def exhaust(batches: Batches, epochs: Iterator[int]) -> None:
         pass
 
 
-def pipelines(annotations: Annotations, size: int, cache: ImageCache) -> dict[str, Any]:
+RECIPE = {"augment": AugmentSettings(), "shuffle": True}
+
+
+def pipelines(annotations: Annotations, size: int, cache_dir: str) -> dict[str, Any]:
     """What is compared: everything from files to batches, in this process."""
     epochs = count()
 
-    def ours(**more: Any) -> Callable[[], None]:
-        batches = Batches(annotations, size, BATCH, workers=0, **more)
+    def ours(cache_dir: str = "", **options: Any) -> Callable[[], None]:
+        settings = ImageSettings(image_size=size, batch_size=BATCH, workers=0, cache_dir=cache_dir)
+        batches = Batches(annotations, settings, **options)
         return lambda: exhaust(batches, epochs)
 
     def conventional(training: bool) -> Callable[[], None]:
         loader = DataLoader(Conventional(annotations, size, training), BATCH)
         return lambda: [None for _ in loader] and None
 
-    recipe = {"augment": "recipe", "shuffle": True}
     return {
         "conventional, training": conventional(training=True),
-        "training, from files": ours(**recipe),
-        "training, from the cache": ours(**recipe, cache=cache),
+        "training, from files": ours(**RECIPE),
+        "training, from the cache": ours(cache_dir, **RECIPE),
         "training, from the cache, augmented on the device": ours(
-            **recipe, cache=cache, augment_later=True
+            cache_dir, **RECIPE, on_device=True
         ),
         "conventional, validation": conventional(training=False),
         "validation, from files": ours(),
-        "validation, from the cache": ours(cache=cache),
+        "validation, from the cache": ours(cache_dir),
     }
 
 
@@ -197,19 +201,22 @@ def stages(
 
 
 def scaling(
-    annotations: Annotations, size: int, cache: ImageCache, workers: Sequence[int], rounds: int
+    annotations: Annotations, size: int, cache_dir: str, workers: Sequence[int], rounds: int
 ) -> None:
     """Print images/s, of wall clock, of training batches by number of worker processes."""
     sources = {
-        "from files": {},
-        "from the cache": {"cache": cache},
-        "from the cache, augmented on the device": {"cache": cache, "augment_later": True},
+        "from files": ("", False),
+        "from the cache": (cache_dir, False),
+        "from the cache, augmented on the device": (cache_dir, True),
     }
     epochs = count()
 
-    def run(processes: int, source: dict[str, Any]) -> Callable[[], None]:
-        recipe = {"augment": "recipe", "shuffle": True}
-        batches = Batches(annotations, size, BATCH, workers=processes, **recipe, **source)
+    def run(processes: int, source: tuple[str, bool]) -> Callable[[], None]:
+        folder, on_device = source
+        settings = ImageSettings(
+            image_size=size, batch_size=BATCH, workers=processes, cache_dir=folder
+        )
+        batches = Batches(annotations, settings, **RECIPE, on_device=on_device)
         return lambda: exhaust(batches, epochs)
 
     runs = {f"{name} {n}": run(n, source) for name, source in sources.items() for n in workers}
@@ -246,14 +253,14 @@ def main() -> None:
             draw_shapes(Path(scratch), train=chosen.images, val=1, processes=1)
         root, names = find_images(folder)
         annotations = Annotations.unlabelled(
-            root, names[: chosen.images], [f"class {i}" for i in range(CLASSES)]
+            root, names[: chosen.images], tuple(f"class {i}" for i in range(CLASSES))
         )
         print(f"{len(annotations)} images of {folder}, {chosen.size} px, torch {torch.__version__}")
-        cache = open_image_cache(Path(scratch), annotations, chosen.size, workers=1)
+        cache = ImageCache.open(Path(scratch), annotations, chosen.size, workers=1)
         if chosen.workers:
-            scaling(annotations, chosen.size, cache, chosen.workers, chosen.rounds)
+            scaling(annotations, chosen.size, scratch, chosen.workers, chosen.rounds)
             return
-        runs = pipelines(annotations, chosen.size, cache)
+        runs = pipelines(annotations, chosen.size, scratch)
         taken = seconds(runs, chosen.rounds)
         print(
             "\n| one core | images/s | ms per image | times conventional |"
