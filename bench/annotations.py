@@ -1,9 +1,9 @@
 """Reading annotations: MS-COCO 2014 beside pycocotools, and Open Images V6 at a tenth of its size.
 
 Both data sets are generated, in the formats and sizes of the real ones. Every measurement runs in a
-process of its own that parses on one thread; memory is what that process gains, the libraries that
-the reader imports included. Figures for the full Open Images are the measured ones over the scale;
-pass 1 to measure at full size (4 GB of disk, minutes). Linux only (/proc).
+process of its own that parses on one thread; memory is what that process gains, the libraries of
+the readers included. Figures for the full Open Images are the measured ones over the scale; pass 1
+to measure at full size (4 GB of disk, minutes). Linux only (/proc).
 """
 
 import gc
@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import numpy as np
 
 from asl.data.annotations import Annotations
-from asl.data.readers import read
 
 COCO_IMAGES, COCO_OBJECTS, COCO_CLASSES = 82_081, 604_907, 80
 OPEN_IMAGES, OPEN_LABELS, OPEN_CLASSES = 9_000_000, 60_000_000, 9_605
@@ -81,7 +80,7 @@ def write_open_images(root: Path, scale: float) -> None:
 
 
 def memory(field: str) -> float:
-    """A figure of /proc: VmRSS (resident now), VmHWM (at most so far), Private (of no one else)."""
+    """MB from /proc: VmRSS (resident now), VmHWM (the most so far), Private (not shared)."""
     files = ("/proc/self/status", "/proc/self/smaps_rollup")
     lines = [line.split() for file in files for line in Path(file).read_text().splitlines()]
     return sum(int(words[1]) * 1024 for words in lines if words[0].startswith(field)) / MB
@@ -90,14 +89,14 @@ def memory(field: str) -> float:
 def measured(pipe: Any, start: Callable[..., Any], *arguments: Any) -> None:
     before = memory("VmRSS:")
     begun = time.perf_counter()
-    kept = start(*arguments)
+    result = start(*arguments)
     seconds = time.perf_counter() - begun
     gc.collect()
-    pipe.send([seconds, memory("VmRSS:") - before, memory("VmHWM:") - before, len(kept)])
+    pipe.send([seconds, memory("VmRSS:") - before, memory("VmHWM:") - before, len(result)])
 
 
-def fresh(start: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Seconds, MB kept, MB at the peak, and length of what `start` returns in a new process."""
+def in_new_process(start: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Seconds, MB that stay, MB at the peak, and the length of what `start` returns."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=measured, args=(theirs, start, *arguments))
@@ -120,9 +119,15 @@ def with_pycocotools(root: Path) -> list[Any]:
     return [coco, *samples]
 
 
+def read_cached(dataset: str, root: Path, split: str, cache: Path) -> Annotations:
+    from asl.data.readers import read  # here, because its libraries count
+
+    return read(dataset, root, split, cache_dir=cache)
+
+
 def epoch(root: Path, cache: Path) -> list[float]:
     """Private MB that each of the workers gains while they read every row once."""
-    data = read("openimages", root, "train", cache_dir=cache)
+    data = read_cached("openimages", root, "train", cache)
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
 
@@ -144,34 +149,30 @@ def epoch(root: Path, cache: Path) -> list[float]:
     return [ours.recv() for _ in processes]
 
 
-def read_cached(dataset: str, root: Path, split: str, cache: Path) -> Annotations:
-    return read(dataset, root, split, cache_dir=cache)
-
-
 def main() -> None:
     scale = float(sys.argv[1]) if len(sys.argv) > 1 else 0.1
     with tempfile.TemporaryDirectory() as folder:
         root, cache = Path(folder), Path(folder, "cache")
         write_coco(root / "coco")
         print(f"\nMS-COCO 2014: {COCO_IMAGES:,} images, {COCO_OBJECTS:,} objects\n")
-        print("| | start | kept in memory | peak |\n| --- | ---: | ---: | ---: |")
+        print("| | start | stays in memory | peak |\n| --- | ---: | ---: | ---: |")
         ours = ("coco", root / "coco", "train2014", cache)
         rows = {
-            "pycocotools and a list of dicts": fresh(with_pycocotools, root / "coco"),
-            "asl, first start": fresh(read_cached, *ours),
-            "asl, second start": fresh(read_cached, *ours),
+            "pycocotools and a list of dicts": in_new_process(with_pycocotools, root / "coco"),
+            "asl, first start": in_new_process(read_cached, *ours),
+            "asl, second start": in_new_process(read_cached, *ours),
         }
-        for name, (seconds, kept, peak, _) in rows.items():
-            print(f"| {name} | {seconds:.2f} s | {kept:,.0f} MB | {peak:,.0f} MB |")
+        for name, (seconds, resident, peak, _) in rows.items():
+            print(f"| {name} | {seconds:.2f} s | {resident:,.0f} MB | {peak:,.0f} MB |")
         theirs, first, second = rows.values()
         print(
-            f"\nSecond start {first[0] / second[0]:.0f} x faster than the first, which keeps 1/"
+            f"\nSecond start {first[0] / second[0]:.0f} x faster than the first, which takes 1/"
             f"{theirs[1] / first[1]:.0f} of the memory of pycocotools."
         )
 
         write_open_images(root / "openimages", scale)
         ours = ("openimages", root / "openimages", "train", cache)
-        parse, start = fresh(read_cached, *ours), fresh(read_cached, *ours)
+        parse, start = in_new_process(read_cached, *ours), in_new_process(read_cached, *ours)
         growth = max(epoch(root / "openimages", cache))
         print(f"\nOpen Images V6 x {scale:g}: {parse[3]:,} images with a label\n")
         print("| | measured | full size | bar |\n| --- | ---: | ---: | ---: |")

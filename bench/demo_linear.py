@@ -1,7 +1,7 @@
-"""How far a linear model on raw pixels gets on the built-in data set: the demo is no trivial task.
+"""The mAP of a linear model on raw pixels of the built-in data set: the demo is no trivial task.
 
-One logistic regression per class on 32 x 32 x 3 pixels, the best of four strengths of
-regularisation by validation mAP, which flatters it.
+One logistic regression per class on 32 x 32 x 3 pixels, with four strengths of regularisation. The
+best one is chosen by validation mAP, which is in its favour.
 
     python bench/demo_linear.py [DATA_DIR]
 """
