@@ -74,7 +74,7 @@ READABLE = {
     "YCCK JPEG": ycck,
     "JPEG with EXIF rotation": rotated_by_exif,
     "several pictures in one JPEG": lambda p: encode(p, "MPO"),
-    "JPEG with a film behind it": lambda p: encode(p, "JPEG") + b"ftypmp42" + MANY_SCANS,
+    "JPEG with a film behind it": lambda p: encode(p, "JPEG") + b"\0\0\0\x18ftypmp42" + MANY_SCANS,
     "JPEG with scans in a comment": lambda p: with_comment(p, MANY_SCANS),
     "PNG": lambda p: encode(p, "PNG"),
     "PNG with alpha": lambda p: encode(p.convert("RGBA"), "PNG"),

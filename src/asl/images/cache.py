@@ -237,7 +237,7 @@ class _Chunks(Dataset[list[int] | Exception]):
                 file.seek(cache.offset(first))
                 file.write(images.numpy().data)
         except (DataError, OSError) as error:
-            # Returned, not raised: an exception that crosses processes becomes a printed traceback.
+            # It is returned because an exception that crosses processes is printed as a traceback.
             return error
         return checksums
 

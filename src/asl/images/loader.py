@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import numpy as np
@@ -116,19 +116,8 @@ class Batches:
             skip=bad_images == "skip",
             max_pixels=settings.max_pixels,
         )
-        self._loader = DataLoader(
-            self._filler,
-            sampler=self._sampler,
-            batch_size=None,  # a sample of this loader is a batch
-            collate_fn=_as_is,
-            num_workers=workers,
-            worker_init_fn=_in_worker,
-            prefetch_factor=PREFETCH if workers else None,
-            persistent_workers=workers > 0,
-            # The loader draws a base seed for its workers, which nothing here uses. Drawn from a
-            # generator of its own, it leaves the global one alone: a resumed run draws once more.
-            generator=torch.Generator(),
-        )
+        self._loader = _loader(self._filler, self._sampler, workers)
+        self.annotations = annotations
         self.batch_size, self.batch_size_per_rank = settings.batch_size, self._sampler.per_rank
         self.waited = 0.0
         self._device_policy, self._pin_memory = policy if on_device else None, pin_memory
@@ -164,10 +153,26 @@ class Batches:
     def _report_unreadable(self) -> None:
         rows = self._filler.unreadable.nonzero().flatten().tolist()
         if len(rows) > self._unreadable_reported:
-            names = ", ".join(str(self._filler.annotations.path(row)) for row in rows[:5])
+            names = ", ".join(str(self.annotations.path(row)) for row in rows[:5])
             dots = ", ..." if len(rows) > 5 else ""
             log.warning("%d images cannot be read and were replaced: %s%s", len(rows), names, dots)
         self._unreadable_reported = len(rows)
+
+
+def _loader(filler: "_SlotFiller", sampler: "RankSampler", workers: int) -> DataLoader[Any]:
+    return DataLoader(
+        filler,
+        sampler=sampler,
+        batch_size=None,  # a sample of this loader is a batch
+        collate_fn=_as_is,
+        num_workers=workers,
+        worker_init_fn=_in_worker,
+        prefetch_factor=PREFETCH if workers else None,
+        persistent_workers=workers > 0,
+        # The loader draws a base seed for its workers, which nothing here uses. Drawn from a
+        # generator of its own, it leaves the global one alone: a resumed run draws once more.
+        generator=torch.Generator(),
+    )
 
 
 def default_workers() -> int:
@@ -265,7 +270,7 @@ class _SlotFiller(Dataset[tuple[RankBatch, DataError | None]]):
                 if augmented:
                     apply(raw, transforms, out=image)
         except DataError as error:
-            # Returned, not raised: an exception that crosses processes becomes a printed traceback.
+            # It is returned because an exception that crosses processes is printed as a traceback.
             return share, error
         return share, None
 

@@ -10,7 +10,7 @@ from asl.images.augment import apply_batch
 from asl.images.loader import Batch
 from asl.images.settings import AugmentSettings
 
-Statistics = tuple[float, float, float]  # red, green, blue
+Statistics = tuple[float, ...]  # red, green, blue
 
 
 def preparation(
