@@ -3,7 +3,6 @@
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 # Threads that wait for each other on a CPU give way to the workers that load images.
@@ -11,33 +10,30 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from asl.config import parse
 from asl.errors import reported
-
-
-def load(path: str) -> dict[str, Any]:
-    """Read a checkpoint; torch is imported here and not for `--help`."""
-    from asl.models import checkpoint
-
-    return checkpoint.load(path)
+from asl.evaluation.settings import InferConfig, trained_with
 
 
 def main() -> None:
     """Parse, predict, print the labels and draw them beside the images."""
-    config = parse("infer", "Label an image, or every image of a folder.", read_checkpoint=load)
+    about = "Label an image, or every image of a folder."
+    config = parse(InferConfig, "infer", about, trained_with=trained_with)
 
-    from asl import report
-    from asl.engine import predict
+    from asl.evaluation.pictures import draw_predictions
+    from asl.evaluation.predict import predict
+    from asl.evaluation.text import prediction_text, write_json
 
     predictions = predict(config)
     if not predictions:
         return  # rank 0 has them
     for prediction in predictions:
-        print(report.prediction_text(prediction))
-    if config.json:
-        report.write_json(predictions, config.json)
-        print(f"all labels: {config.json}")
-    if config.draw:
-        folder = config.output or "predictions"
-        report.draw_predictions(predictions, folder, config.threshold)
+        print(prediction_text(prediction))
+    wanted = config.evaluation
+    if wanted.json_file:
+        write_json(predictions, wanted.json_file)
+        print(f"all labels: {wanted.json_file}")
+    if wanted.draw:
+        folder = wanted.output or "predictions"
+        draw_predictions(predictions, folder, wanted.threshold)
         print(f"pictures: {folder}")
 
 

@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from asl.config import parse
 from asl.errors import reported
+from asl.training.settings import TrainConfig
 
 DEMO = Path(__file__).resolve().parent / "configs" / "demo.yaml"
 
@@ -20,10 +21,9 @@ DEMO = Path(__file__).resolve().parent / "configs" / "demo.yaml"
 def main() -> None:
     """Parse, train, say where everything is."""
     argv = sys.argv[1:] or ["--config", str(DEMO)]
-    config = parse("train", "Train a multi-label classifier.", argv)
-    print(config.to_yaml())
+    config = parse(TrainConfig, "train", "Train a multi-label classifier.", argv)
 
-    from asl.engine import fit
+    from asl.training.fit import fit  # torch takes seconds to import: not for `--help`
 
     folder = fit(config)
     print(f"curves:      {folder / 'curves.png'}")

@@ -1,12 +1,16 @@
-"""Data that several test files use: a small drawn set, and real photographs where they are."""
+"""Data and builders that several test files use."""
 
 import os
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 
 from asl.data.readers.shapes import draw_shapes
+from asl.evaluation.settings import InferConfig, ValidateConfig
+from asl.training.settings import TrainConfig
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -14,6 +18,17 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 # a test starts round as it does.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="also the tests that take minutes")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--long"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes: python -m pytest --long"))
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +52,68 @@ def voc_root():
 def _own_cache(tmp_path, monkeypatch):
     """Parsed annotations of a test stay in its own folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+SMALL_RUN = {
+    **{"model_name": "test_resnet", "image_size": 48, "batch_size": 8, "workers": 0},
+    **{"lr": 1e-3, "epochs": 3, "ema_decay": 0.9, "amp": "off"},
+}
+
+
+@pytest.fixture(scope="session")
+def settings():
+    """Builds the config of a small run: settings(root, output, **changed)."""
+
+    def build(root, output, **changed):
+        return TrainConfig.of(**{**SMALL_RUN, "data": str(root), "output": str(output), **changed})
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def measuring():
+    """Builds the config that measures a checkpoint of such a run: (root, model_path, **changed)."""
+
+    def build(root, model_path, **changed):
+        usual = {name: SMALL_RUN[name] for name in SMALL_RUN.keys() & {*ValidateConfig.names()}}
+        return ValidateConfig.of(
+            **{**usual, "data": str(root), "model_path": str(model_path), **changed}
+        )
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def labelling():
+    """Builds the config that labels images with such a checkpoint: (pic_path, model_path, ...)."""
+
+    def build(pic_path, model_path, **changed):
+        usual = {name: SMALL_RUN[name] for name in SMALL_RUN.keys() & {*InferConfig.names()}}
+        return InferConfig.of(
+            **{**usual, "pic_path": str(pic_path), "model_path": str(model_path), **changed}
+        )
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def before():
+    """Inside the block `before(number, owner, name, act)`, act() precedes that call of owner.name.
+
+    The block is given the counter of the calls.
+    """
+
+    @contextmanager
+    def acting(number, owner, name, act):
+        calls, original = count(1), getattr(owner, name)
+
+        def counted(*arguments, **named):
+            if next(calls) == number:
+                act()
+            return original(*arguments, **named)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, name, counted)
+            yield calls
+
+    return acting

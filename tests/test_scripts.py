@@ -67,6 +67,7 @@ def test_validation_of_the_checkpoint_alone_repeats_the_logged_map(trained):
         )
         result = json.loads((cwd / "result.json").read_text())
         assert result["mAP"] == best[f"mAP_{weights}"]
+        assert result["weights"] == weights
         assert f"{result['mAP']:.2f}" in out
         assert len(result["per_class"]) == 24
         assert result["command"].startswith("python")
@@ -119,5 +120,7 @@ def test_ctrl_c_leaves_a_run_that_resume_completes(small_shapes, tmp_path):
     stopped = checkpoint.load(tmp_path / "run/last.pt")["epoch"]
     _, err = run(*arguments, cwd=tmp_path, code=2)
     assert "--resume" in err
-    _, err = run(*arguments, "--resume", "--stop-epoch", stopped + 1, cwd=tmp_path, code=2)
-    assert "stop_epoch" in err
+    _, err = run(*arguments, "--resume", "--seed", 1, cwd=tmp_path, code=2)
+    assert "seed: 0 then, 1 now" in err
+    run(*arguments, "--resume", "--stop-epoch", stopped + 1, cwd=tmp_path)
+    assert checkpoint.load(tmp_path / "run/last.pt")["epoch"] == stopped + 1

@@ -1,15 +1,15 @@
 """Settings: their one declaration, and where a run gets them from.
 
-Each wing declares its settings in a small frozen class beside its code (`asl.images.settings`, ...).
-What a script can be told is a `Config`: a composition of such classes. On the command line and in
-recipes all names are flat. A setting is decided in this order, later wins: its default, the
-checkpoint that is evaluated, the recipe (`--config FILE`), the command line.
+Each wing declares its settings in small frozen classes beside its code (`asl.images.settings`). A
+`Config` composes those that one script takes. On the command line and in recipes all names are
+flat. A setting is decided in this order, later wins: its default, the checkpoint that is evaluated,
+the recipe (`--config FILE`), the command line.
 """
 
 import difflib
 import io
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
@@ -80,6 +80,20 @@ class Config(Settings):
         """The flat names of all settings."""
         return [name for part in cls.parts().values() for name in part.model_fields]
 
+    @classmethod
+    def options(cls) -> dict[str, list[str]]:
+        """How each setting may be spelled on the command line, but for those that it cannot set."""
+        spellings: dict[str, list[str]] = {}
+        for part, fields in zip(cls.model_fields.values(), cls.parts().values(), strict=True):
+            for name, field in fields.model_fields.items():
+                if tyro.conf.Fixed in (*part.metadata, *field.metadata):
+                    continue
+                option = name.replace("_", "-")
+                negated = [f"--no-{option}"] if field.annotation is bool else []
+                aliases = [alias for about in field.metadata for alias in _aliases(about)]
+                spellings[name] = [f"--{option}", *negated, *aliases]
+        return spellings
+
     def flat(self) -> dict[str, Any]:
         """All settings by their flat names."""
         return {name: value for _, part in self for name, value in part}
@@ -104,13 +118,13 @@ def parse(
     argv: Sequence[str] | None = None,
     *,
     recipes: type[Config] | None = None,
-    read_checkpoint: Callable[[str], Mapping[str, Any]] | None = None,
+    trained_with: Callable[[str], Mapping[str, Any]] | None = None,
 ) -> C:
     """The settings of one start of a script.
 
-    `argv` defaults to the command line. `read_checkpoint` maps the path of a checkpoint to its
-    content: the settings that it was trained with take the place of the defaults. A recipe may hold
-    all settings of `recipes`, of which this script takes its own.
+    `argv` defaults to the command line. `trained_with` maps the path of a checkpoint to settings: of
+    these, the ones of `from_checkpoint` take the place of the defaults. A recipe may hold all
+    settings of `recipes`, and this script takes its own.
 
     Exits with 0 after `--help` and with 2 on a wrong command line, saying what is near. Raises
     `UsageError` for a wrong recipe and for values out of range.
@@ -128,8 +142,9 @@ def parse(
         name: parsed[name] for name in parsed if name in typed or (name == "data" and parsed[name])
     }
     settings: dict[str, Any] = {}
-    if read_checkpoint is not None and given.get("model_path"):
-        settings |= _as_trained(config, given["model_path"], read_checkpoint)
+    if trained_with is not None and given.get("model_path"):
+        path = given["model_path"]
+        settings |= _of_checkpoint(config, trained_with(path), path)
     if given.get("config"):
         recipe = read_recipe(given["config"], *[each for each in (config, recipes) if each])
         settings |= {name: recipe[name] for name in config.names() if name in recipe}
@@ -163,10 +178,11 @@ def read_recipe(path: str | Path, *configs: type[Config]) -> dict[str, Any]:
     return checked
 
 
-def write_recipe(config: Config) -> str:
-    """All settings as a recipe that gives this very config again."""
+def write_recipe(config: Config, without: Collection[str] = ()) -> str:
+    """All settings as a recipe that gives this very config again, but for those left out."""
     text = io.StringIO()
-    _yaml().dump(config.flat(), text)
+    flat = config.flat()
+    _yaml().dump({name: flat[name] for name in flat if name not in without}, text)
     return text.getvalue()
 
 
@@ -174,7 +190,7 @@ def _yaml() -> Any:
     # YAML 1.2: `1e-4` is a number and `off` a word, and a key that is there twice is an error.
     from ruamel.yaml import YAML
 
-    yaml = YAML(typ="safe", pure=True)
+    yaml: Any = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False
     return yaml
@@ -195,16 +211,13 @@ def _read_yaml(path: str | Path) -> Mapping[Any, Any]:
     return recipe
 
 
-def _as_trained(
-    config: type[Config], path: str, read_checkpoint: Callable[[str], Mapping[str, Any]]
-) -> dict[str, Any]:
-    """What the checkpoint at `path` says of how it is to be evaluated."""
-    trained = read_checkpoint(path).get("config") or {}
+def _of_checkpoint(config: type[Config], trained: Any, path: str) -> dict[str, Any]:
     try:
         known = {name: trained[name] for name in config.from_checkpoint if name in trained}
-        return {name: config.of(**known).flat()[name] for name in known}
+        checked = config.of(**known).flat()
     except (UsageError, TypeError) as error:
         raise DataError(f"{path}: its config cannot be used: {error}") from None
+    return {name: checked[name] for name in known}
 
 
 def _with_bare_resume(argv: Sequence[str]) -> list[str]:
@@ -220,14 +233,9 @@ def _typed(argv: Sequence[str], config: type[Config]) -> set[str]:
 
     Of two the second would win in silence: in a shell script of many lines that is a wrong run.
     """
-    spellings: dict[str, str] = {}
-    for part in config.parts().values():
-        for name, field in part.model_fields.items():
-            option = name.replace("_", "-")
-            aliases = [alias for about in field.metadata for alias in _aliases(about)]
-            spellings |= dict.fromkeys([f"--{option}", f"--no-{option}", *aliases], name)
+    names_of = {word: name for name, words in config.options().items() for word in words}
     typed = [word.split("=")[0].replace("_", "-") for word in argv if word.startswith("-")]
-    names = [spellings[word] for word in typed if word in spellings]
+    names = [names_of[word] for word in typed if word in names_of]
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"--{name.replace('_', '-')} is given twice")

@@ -1,6 +1,8 @@
-"""Many processes as one: what `torchrun` started, exact gathering, agreement between ranks.
+"""Many processes as one, and the device of each: joining, exact gathering, agreement.
 
-A process that torchrun did not start is alone: it is rank 0 of 1, and everything here is free.
+A process belongs to a group where its environment says its RANK and the WORLD_SIZE: torchrun sets
+both, as do submitit, Kubeflow and scripts for srun. Any other process is alone: it is rank 0 of 1,
+and everything here is free.
 """
 
 import os
@@ -14,26 +16,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from asl.errors import UsageError
+
 T = TypeVar("T")
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
+GROUP = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a process with a RANK must know
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[torch.device]:
-    """The processes of torchrun work together inside the block; gives this one's device.
+    """The processes that were started together work together inside the block.
 
-    That is `device`, or on a machine with several GPUs the one of this process. Tensors on GPUs
-    travel by NCCL, those on the host by gloo. Nested blocks are one.
+    Gives the device of this process: `device`, or on a machine with several GPUs its own. Tensors
+    on GPUs travel by NCCL, those on the host by gloo. Nested blocks are one.
+
+    Raises `UsageError` where the environment has a RANK, but not what else a group needs.
     """
-    if not torchrun_name():
+    if not launched():
         yield device
         return
     outermost = not _joined()
     try:
         yield _join(device) if outermost else device
     except RuntimeError:
-        # So ends a collective when another rank is gone. torchrun gives the reason of the rank that
-        # it sees fail first, and ends the others: here, without a word.
+        # A collective ends like this when another rank is gone. torchrun reports the rank that it
+        # sees fail first, and ends this one while it sleeps.
         time.sleep(10)
         raise
     # Not after an exception: the others may wait in a collective that this process will not join,
@@ -43,10 +50,16 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
 
 
 def _join(device: torch.device) -> torch.device:
+    missing = [name for name in GROUP if name not in os.environ]
+    if missing:
+        raise UsageError(
+            f"the environment has a RANK, but not {' and '.join(missing)}: set it, or unset RANK "
+            "for a process on its own"
+        )
     backend = "gloo"
     if device.type == "cuda":
         if device.index is None:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     store, number, count = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
@@ -94,6 +107,19 @@ def world_size() -> int:
 
 def _joined() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def launched() -> bool:
+    """Whether something started this process as one of a group."""
+    return "RANK" in os.environ
+
+
+def local_rank() -> int:
+    """The number of this process on its machine: LOCAL_RANK, else SLURM's, else by its GPUs."""
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return int(os.environ["RANK"]) % max(1, torch.cuda.device_count())
 
 
 def torchrun_name() -> str:
@@ -178,3 +204,37 @@ class Vote:
             return False
         before[0].wait()
         return bool(before[1])
+
+
+def pick_device(name: str = "") -> torch.device:
+    """The device of that name; without one, the first that is there of CUDA, MPS and the CPU.
+
+    Raises `UsageError` for a device that is not there.
+    """
+    if not name:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "mps" if torch.backends.mps.is_available() else name
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # "meta" has no values
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {name!r}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def precision(amp: str, device: torch.device, training: bool) -> torch.dtype | None:
+    """The type that the forward pass computes in; None for float32 throughout.
+
+    "auto" on a GPU is bfloat16, or on older ones float16 with a loss scale. On a CPU that has
+    bfloat16 instructions it is bfloat16 for scores, which is faster for all models measured, and
+    float32 for training: bfloat16 is faster there for some models, and takes twice as long for
+    others (bench/precision.py).
+    """
+    if amp == "auto" and device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    if amp == "auto":
+        known = torch.cpu.get_capabilities() if device.type == "cpu" and not training else {}
+        native = known.get("avx512_bf16", False) or known.get("amx_bf16", False)
+        return torch.bfloat16 if native else None
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]

@@ -50,8 +50,8 @@ class Interrupted(_OfOneLine):
 def reported() -> Iterator[None]:
     """Around a script's main: prints the errors of this module and exits with their codes.
 
-    Of the processes that torchrun started only rank 0 prints. The error of another becomes the
-    reason that torchrun gives at the end.
+    Of several processes only rank 0 prints. Under torchrun the error of another becomes the reason
+    that torchrun gives at the end; elsewhere the process prints it itself.
     """
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 (until the process ends)
@@ -73,8 +73,8 @@ def reported() -> Iterator[None]:
 
 
 def _exit(code: int) -> NoReturn:
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        # At once: torchrun is to see this process fail before those that miss it do.
+    if "RANK" in os.environ:
+        # At once: what started the group must see this process fail before those that miss it do.
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)

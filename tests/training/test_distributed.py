@@ -18,16 +18,16 @@ import numpy as np
 import pytest
 import torch
 from chaos import ranks_of
-from test_run import before
 
-from asl import engine
-from asl.config import Config
 from asl.distributed import Vote, gather_dealt, process_group, rank, world_size
-from asl.engine import Training, fit
 from asl.errors import Interrupted, UsageError
 from asl.models import checkpoint
+from asl.training import fit as loop
+from asl.training.fit import fit
+from asl.training.settings import TrainConfig
+from asl.training.step import Training
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 # Without batch statistics, so that the number of ranks makes no difference but rounding.
 MODEL = ("--model-name", "test_vit", "--image-size", "48", "--amp", "off", "--device", "cpu")
 # 40 images: the last batch has one, and of three ranks two get nothing.
@@ -272,7 +272,7 @@ def test_a_signal_stops_all_ranks_after_the_same_step(two, world):
     code, _, err = two
     assert code != 0
     assert err.count("error: stopped by SIGTERM: --resume goes on from here") == 1
-    assert "asl/engine.py" not in err  # no traceback
+    assert "asl/training/fit.py" not in err  # no traceback
     state = checkpoint.load(world / "stopped/last.pt")
     assert state["training"]["steps"] == 4 * state["epoch"] + len(state["losses"])
 
@@ -300,10 +300,10 @@ def test_a_rank_that_is_killed_ends_all_when_restarts_are_used_up(killed):
     assert "Signal 9 (SIGKILL)" in reason
 
 
-def test_a_run_of_two_ranks_is_what_one_process_would_have_made_of_it(killed, world):
+def test_a_run_of_two_ranks_is_what_one_process_would_have_made_of_it(before, killed, world):
     state = checkpoint.load(world / "killed/last.pt")
     stop = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
-    config = Config(**{**state["config"], "output": "alone", "resume": ""})
+    config = TrainConfig.of(**{**state["config"], "output": "alone", "resume": ""})
     with (
         chdir(world),
         before(state["training"]["steps"], Training, "step", stop),
@@ -354,6 +354,6 @@ def test_one_rank_of_torchrun_is_a_process_like_any_other(monkeypatch):
 
 
 def test_a_batch_smaller_than_the_ranks_is_an_error_of_usage(monkeypatch):
-    monkeypatch.setattr(engine, "world_size", lambda: 3)
+    monkeypatch.setattr(loop, "world_size", lambda: 3)
     with pytest.raises(UsageError, match="batch_size is 2, but there are 3 ranks"):
-        fit(Config(batch_size=2))
+        fit(TrainConfig.of(batch_size=2))

@@ -6,28 +6,25 @@ import json
 import pytest
 import torch
 
-from asl.config import Config
 from asl.data.annotations import PRESENT, UNANNOTATED
 from asl.data.partial import simulate
 from asl.data.readers import read
-from asl.engine import Training, evaluate, fit
 from asl.errors import DataError, Interrupted, UsageError
+from asl.evaluation.evaluate import evaluate
 from asl.models import checkpoint
+from asl.training.fit import fit
+from asl.training.step import Training
 
 
-def settings(root, output, **more):
-    return Config(
-        data=str(root),
-        model_name="test_resnet",
-        image_size=32,
-        batch_size=8,
-        workers=0,
-        lr=1e-3,
-        ema_decay=0.5,
-        amp="off",
-        output=str(output),
-        **{"epochs": 1, **more},
-    )
+@pytest.fixture(scope="module")
+def partial(settings):
+    """Builds the config of a run of one epoch."""
+
+    def build(root, output, **changed):
+        small = {"image_size": 32, "ema_decay": 0.5, "epochs": 1}
+        return settings(root, output, **{**small, **changed})
+
+    return build
 
 
 def rows_of(run):
@@ -47,18 +44,20 @@ def steps_of(config, monkeypatch):
 
 @pytest.mark.parametrize("scheme", ["fpc:3", "rps:0.5"])
 def test_the_model_sees_the_labels_that_the_simulation_left_and_no_others(
-    scheme, small_shapes, tmp_path, monkeypatch
+    partial, measuring, scheme, small_shapes, tmp_path, monkeypatch
 ):
-    config = settings(small_shapes, tmp_path / "run", simulate_partial=scheme)
+    config = partial(small_shapes, tmp_path / "run", simulate_partial=scheme)
     targets = steps_of(config, monkeypatch)
     left = simulate(read("coco", small_shapes, "train2014"), scheme, seed=0).dense()
     # The order of an epoch is random: rows are compared as a multiset.
     assert sorted(targets.tolist()) == sorted(left.tolist())
     assert (left == UNANNOTATED).mean() > 0.4
-    assert evaluate(settings(small_shapes, "", model_path=str(tmp_path / "run/best.pt")))["mAP"] > 0
+    assert evaluate(measuring(small_shapes, tmp_path / "run/best.pt", image_size=32))["mAP"] > 0
 
 
-def test_every_treatment_of_what_is_not_annotated_trains_differently(small_shapes, tmp_path):
+def test_every_treatment_of_what_is_not_annotated_trains_differently(
+    partial, small_shapes, tmp_path
+):
     losses = set()
     for number, treatment in enumerate(
         [
@@ -69,16 +68,16 @@ def test_every_treatment_of_what_is_not_annotated_trains_differently(small_shape
             {"unannotated": "selective", "likelihood_topk": 1},
         ]
     ):
-        config = settings(
+        config = partial(
             small_shapes, tmp_path / str(number), simulate_partial="rps:0.5", **treatment
         )
         losses.add(rows_of(fit(config))[0]["loss"])
     assert len(losses) == 5
 
 
-def test_one_command_trains_a_prior_and_then_with_it(small_shapes, tmp_path):
+def test_one_command_trains_a_prior_and_then_with_it(partial, small_shapes, tmp_path):
     run = fit(
-        settings(
+        partial(
             small_shapes,
             tmp_path / "run",
             simulate_partial="rps:0.5",
@@ -96,24 +95,21 @@ def test_one_command_trains_a_prior_and_then_with_it(small_shapes, tmp_path):
     assert state["prior"].tolist() == pytest.approx([float(value) for _, value in rows])
 
 
-def test_the_prior_is_the_mean_score_over_the_training_split(small_shapes, tmp_path):
-    run = fit(settings(small_shapes, tmp_path / "run"))
-    asked = settings(
-        small_shapes,
-        "",
-        model_path=str(run / "best.pt"),
-        estimate_prior=str(tmp_path / "prior.csv"),
-    )
-    evaluate(asked)
+def test_the_prior_is_the_mean_score_over_the_training_split(
+    partial, measuring, small_shapes, tmp_path
+):
+    run = fit(partial(small_shapes, tmp_path / "run"))
+    path = str(tmp_path / "prior.csv")
+    evaluate(measuring(small_shapes, run / "best.pt", image_size=32, estimate_prior=path))
     with (tmp_path / "prior.csv").open() as file:
         values = [float(row["avg_pred"]) for row in csv.DictReader(file)]
     assert len(values) == 24
     assert all(0 < value < 1 for value in values)
 
 
-def test_a_prior_of_other_classes_is_refused_before_training(small_shapes, tmp_path):
+def test_a_prior_of_other_classes_is_refused_before_training(partial, small_shapes, tmp_path):
     (tmp_path / "prior.csv").write_text("Classes,avg_pred\ncat,0.5\n")
-    config = settings(
+    config = partial(
         small_shapes,
         tmp_path / "run",
         simulate_partial="rps:0.5",
@@ -124,21 +120,23 @@ def test_a_prior_of_other_classes_is_refused_before_training(small_shapes, tmp_p
         fit(config)
     assert not (tmp_path / "run").exists()
     with pytest.raises(UsageError, match="prior_path"):
-        settings(small_shapes, "", prior_path="prior.csv")
+        partial(small_shapes, "", prior_path="prior.csv")
 
 
-def test_a_running_prior_is_kept_and_resumed(small_shapes, tmp_path):
-    whole = fit(settings(small_shapes, tmp_path / "whole", running_prior=True, epochs=2))
-    part = settings(small_shapes, tmp_path / "part", running_prior=True, epochs=2, stop_epoch=1)
+def test_a_running_prior_is_kept_and_resumed(partial, small_shapes, tmp_path):
+    whole = fit(partial(small_shapes, tmp_path / "whole", running_prior=True, epochs=2))
+    part = partial(small_shapes, tmp_path / "part", running_prior=True, epochs=2, stop_epoch=1)
     first = (fit(part) / "prior.csv").read_text()
     state = checkpoint.load(tmp_path / "part/last.pt")["training"]["running_prior"]
     assert state["totals"][-1] == 40
     assert first != (whole / "prior.csv").read_text()
 
 
-def test_adaptive_asymmetry_moves_gamma_is_logged_and_resumed(small_shapes, tmp_path, monkeypatch):
+def test_adaptive_asymmetry_moves_gamma_is_logged_and_resumed(
+    partial, small_shapes, tmp_path, monkeypatch
+):
     adaptive = {"adaptive_gamma": 0.5, "adaptive_step": 0.1, "epochs": 2}
-    whole = rows_of(fit(settings(small_shapes, tmp_path / "whole", **adaptive)))
+    whole = rows_of(fit(partial(small_shapes, tmp_path / "whole", **adaptive)))
     assert whole[1]["gamma_neg"] > whole[0]["gamma_neg"] > 4.0
     assert all(-1 <= row["gap"] <= 1 for row in whole)
 
@@ -152,8 +150,8 @@ def test_adaptive_asymmetry_moves_gamma_is_logged_and_resumed(small_shapes, tmp_
 
     monkeypatch.setattr(Training, "step", stop_at_the_seventh)
     with pytest.raises(Interrupted):
-        fit(settings(small_shapes, tmp_path / "part", **adaptive))
-    fit(settings(small_shapes, tmp_path / "part", resume="last", **adaptive))
+        fit(partial(small_shapes, tmp_path / "part", **adaptive))
+    fit(partial(small_shapes, tmp_path / "part", resume="last", **adaptive))
     assert rows_of(tmp_path / "part") == whole
 
 

@@ -1,22 +1,29 @@
-"""The training step against the official one, and what the options of a run change."""
+"""The training step against the official one, on a small network and on photographs."""
 
 import json
-import shutil
+import math
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from asl import engine
-from asl.config import Config
-from asl.engine import Training, create_loss, fit, pick_device, precision, score
-from asl.errors import DataError, TrainingError, UsageError
-from asl.images.loader import Batch
-from asl.models import checkpoint
+from asl.data.annotations import PRESENT
+from asl.data.readers import read
+from asl.distributed import pick_device, precision
+from asl.errors import TrainingError, UsageError
+from asl.models.build import create_model
+from asl.models.weights import load_weights
+from asl.training import step as step_module
+from asl.training.loss import create_loss
+from asl.training.settings import LossSettings, StepSettings
+from asl.training.step import Training, create_optimizer
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 CPU = torch.device("cpu")
 
 
@@ -31,9 +38,15 @@ def golden_network():
     ).to(memory_format=torch.channels_last)
 
 
-def training_of(model, **settings):
-    config = Config(**{"amp": "off", **settings})
-    return Training(model, create_loss(config), config, steps_per_epoch=5, device=CPU)
+def training_of(model, *, amp="off", loss=None, steps_per_epoch=5, **settings):
+    return Training(
+        model,
+        create_loss(loss or LossSettings()),
+        StepSettings(**settings),
+        steps_per_epoch=steps_per_epoch,
+        device=CPU,
+        amp=amp,
+    )
 
 
 def states_of(tensors, name):
@@ -46,8 +59,9 @@ def test_losses_learning_rates_and_weights_follow_the_official_trajectory():
     golden = json.loads((GOLDEN / "reference.json").read_text())["training"]
     model = golden_network()
     model.load_state_dict(states_of(tensors, "init"), strict=False)
-    taken = ("lr", "weight_decay", "ema_decay", "epochs", "pct_start", "gamma_neg", "gamma_pos")
-    training = training_of(model, clip=golden["clip"], **{name: golden[name] for name in taken})
+    loss = LossSettings(**{name: golden[name] for name in ("gamma_neg", "gamma_pos", "clip")})
+    taken = ("lr", "weight_decay", "ema_decay", "epochs", "pct_start")
+    training = training_of(model, loss=loss, **{name: golden[name] for name in taken})
 
     losses, rates = [], []
     for _ in range(golden["epochs"]):
@@ -62,41 +76,69 @@ def test_losses_learning_rates_and_weights_follow_the_official_trajectory():
             torch.testing.assert_close(state.state_dict()[key], expected, rtol=1e-4, atol=1e-4)
 
 
-def settings(root, output, **changed):
-    usual = {
-        **{"model_name": "test_resnet", "image_size": 48, "batch_size": 8, "workers": 0},
-        **{"lr": 1e-3, "epochs": 3, "ema_decay": 0.9, "amp": "off"},
-    }
-    return Config(data=str(root), output=str(output), **{**usual, **changed})
+def drawn_by_name(params, salt):
+    """Weights of the official names, each drawn from a generator that its name seeds."""
+    state = {}
+    for name, shape in params.items():
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{salt}{name}".encode()))
+        rand = lambda: torch.rand(shape, generator=generator)  # noqa: B023, E731
+        randn = lambda: torch.randn(shape, generator=generator)  # noqa: B023, E731
+        if name.endswith("running_var") or (name.endswith("weight") and len(shape) == 1):
+            state[name] = 0.5 + rand()
+        elif len(shape) == 1:
+            state[name] = 0.1 * randn()
+        else:
+            # Times the reciprocal: another rounding of float32 moves the losses by 1e-7.
+            state[name] = randn() * (1 / math.sqrt(math.prod(shape[1:])))
+    return state
 
 
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory, small_shapes):
-    """A run of three epochs of five steps that nothing disturbed."""
-    return fit(settings(small_shapes, tmp_path_factory.mktemp("whole")))
+def photographs(annotations, rows, size):
+    """(B, 3, S, S) float64 in [0, 1], resized by Pillow as torchvision's Resize does."""
+    images = []
+    for row in rows:
+        with Image.open(annotations.path(row)) as picture:
+            small = picture.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+        images.append(torch.from_numpy(np.array(small)).permute(2, 0, 1).float().div(255).double())
+    return torch.stack(images)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_epoch_and_step(small_shapes, tmp_path):
-    diverging = settings(small_shapes, tmp_path, optimizer="adamw", weight_decay=1e30)
-    with pytest.raises(TrainingError, match=r"epoch 1, step \d+: lower --lr"):
-        fit(diverging)
-    assert not (tmp_path / "last.pt").exists()
+# float64 has no fast convolutions: a step takes eight seconds of a core.
+@pytest.mark.parametrize("steps", [7, pytest.param(30, marks=pytest.mark.long)])
+def test_official_steps_on_photographs_are_followed(steps, voc_root, tmp_path):
+    golden = json.loads((GOLDEN / "photos_training.json").read_text())
+    train_set, val_set = (read("voc", voc_root, split) for split in ("train", "val"))
+    size, batch = golden["image_size"], golden["batch"]
+    assert [Path(val_set.path(row)).stem for row in range(6)] == golden["val"]
+    torch.save({"model": drawn_by_name(golden["params"], golden["salt"])}, tmp_path / "start.pt")
+    model = create_model(golden["model"], golden["num_classes"])
+    load_weights(model, tmp_path / "start.pt")
+    training = training_of(
+        model.double(),
+        lr=golden["max_lr"],
+        pct_start=golden["pct_start"],
+        weight_decay=golden["weight_decay"],
+        ema_decay=golden["ema_decay"],
+        epochs=1,
+        steps_per_epoch=golden["steps"],
+    )
+    rates = []
+    for first in range(0, batch * steps, batch):
+        rows = range(first, first + batch)
+        targets = torch.tensor(np.stack([train_set.labels(row) for row in rows]) == PRESENT)
+        rates.append(training.lr)
+        training.step(photographs(train_set, rows, size), targets)
 
-
-def test_the_number_of_classes_is_checked_when_it_is_given(small_shapes, tmp_path):
-    fit(settings(small_shapes, tmp_path, stop_epoch=1, num_classes=24))
-    with pytest.raises(UsageError, match="num_classes is 80, but there are 24"):
-        fit(settings(small_shapes, tmp_path, overwrite=True, num_classes=80))
-
-
-@pytest.mark.parametrize("option", [{"optimizer": "adamw"}, {"grad_clip": 1e-9}, {"seed": 1}])
-def test_every_option_of_the_step_changes_the_result(option, whole_run, small_shapes, tmp_path):
-    changed = fit(settings(small_shapes, tmp_path, stop_epoch=1, **option))
-    first = [
-        json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
-        for run in (whole_run, changed)
-    ]
-    assert first[0]["loss"] != first[1]["loss"]
+    assert rates == pytest.approx(golden["lrs"][:steps], rel=1e-12)
+    losses = torch.stack(training.losses).tolist()
+    assert losses == pytest.approx(golden["losses"][:steps], rel=1e-8)
+    if steps < golden["steps"]:
+        return
+    seen = photographs(val_set, range(6), size)
+    for name, trained in (("logits", training.model), ("ema_logits", training.ema.module)):
+        with torch.no_grad():
+            logits = trained.eval()(seen)
+        torch.testing.assert_close(logits, torch.tensor(golden[name]).double(), rtol=0, atol=1e-6)
 
 
 def test_a_compiled_model_takes_the_same_steps():
@@ -122,26 +164,135 @@ def test_bfloat16_steps_stay_near_those_in_float32():
     assert losses[0] == pytest.approx(losses[1], rel=2e-2)
 
 
+def linear_training(**settings):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+    images, targets = torch.rand(2, 3, 2, 2), torch.randint(0, 2, (2, 4))
+    return training_of(model, **settings), images, targets
+
+
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_gradients_are_clipped_at_their_true_size_whatever_the_loss_scale(amp):
+    training, images, targets = linear_training(amp=amp, grad_clip=1e-3, weight_decay=0)
+    share = 1 - training.optimizer.param_groups[0]["betas"][0]
+    training.step(images, targets)
+    # After one step Adam's first moment is this share of the gradient.
+    moments = [state["exp_avg"] for state in training.optimizer.state.values()]
+    norm = torch.nn.utils.get_total_norm(moments).item() / share
+    assert norm == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_gradients_below_the_limit_are_left_alone():
+    steps = []
+    for grad_clip in (None, 1e6):
+        training, images, targets = linear_training(grad_clip=grad_clip)
+        training.step(images, targets)
+        steps.append(training.model[1].weight.clone())
+    assert torch.equal(*steps)
+
+
+def test_biases_and_vectors_are_not_decayed():
+    model = golden_network()
+    model.register_parameter("scale", nn.Parameter(torch.ones(3)))
+    model[0].weight.requires_grad_(False)
+    plain, decayed = create_optimizer(model, StepSettings(weight_decay=0.3)).param_groups
+    assert [plain["weight_decay"], decayed["weight_decay"]] == [0, 0.3]
+    assert {id(p) for p in decayed["params"]} == {id(model[5].weight)}
+    names = [model.scale, model[1].weight, model[1].bias, model[5].bias]
+    assert {id(p) for p in plain["params"]} == {id(p) for p in names}
+
+
+def test_adamw_decouples_the_decay_and_adam_does_not():
+    moved = {}
+    for optimizer in ("adam", "adamw"):
+        training, images, targets = linear_training(optimizer=optimizer, weight_decay=1, epochs=1)
+        training.model[1].weight.register_hook(lambda gradient: 0 * gradient)
+        before = training.model[1].weight.clone()
+        training.step(images, targets)
+        moved[optimizer] = (before - training.model[1].weight).detach() / before.abs()
+    lr = 4e-6  # where the schedule begins
+    torch.testing.assert_close(
+        moved["adamw"] * before.sign(), torch.full((4, 12), lr), rtol=0.1, atol=0
+    )
+    # A full step of lr towards zero, as Adam makes it whatever the size of the gradient.
+    torch.testing.assert_close(moved["adam"] * before, torch.full((4, 12), lr), rtol=0.1, atol=0)
+
+
+def test_the_schedule_runs_over_all_epochs():
+    training, images, targets = linear_training(epochs=4, lr=1e-2)
+    rates = []
+    for _ in range(5 * 4):
+        rates.append(training.lr)
+        training.step(images, targets)
+    assert np.argmax(rates) == 0.2 * 20 - 1
+    assert max(rates) == pytest.approx(1e-2)
+    assert rates[0] == pytest.approx(1e-2 / 25)
+    assert rates[-1] < 1e-6
+
+
+def test_a_rise_of_exactly_one_step_is_a_rise():
+    training, images, targets = linear_training(epochs=1, pct_start=0.2, lr=1e-2)
+    rates = [training.lr]
+    training.step(images, targets)
+    assert rates[0] == pytest.approx(1e-2 / 25)
+    assert training.lr == pytest.approx(1e-2, rel=0.2)
+
+
+class Noise(nn.Module):
+    """Adds what dropout would draw, and remembers it."""
+
+    def __init__(self):
+        super().__init__()
+        self.drawn = []
+
+    def forward(self, x):
+        self.drawn.append(torch.rand(3).tolist())
+        return x
+
+
+def noise_of(steps, rank, seed, monkeypatch):
+    monkeypatch.setattr(step_module, "rank", lambda: rank)
+    noise = Noise()
+    model = nn.Sequential(noise, nn.Flatten(), nn.Linear(12, 4))
+    training = training_of(model, seed=seed)
+    images, targets = torch.rand(2, 3, 2, 2), torch.randint(0, 2, (2, 4))
+    for _ in range(steps):
+        training.step(images, targets)
+    return noise.drawn
+
+
+def test_dropout_draws_anew_by_seed_step_and_rank_and_repeats_itself(monkeypatch):
+    first = noise_of(3, rank=0, seed=0, monkeypatch=monkeypatch)
+    assert first == noise_of(3, rank=0, seed=0, monkeypatch=monkeypatch)
+    other_rank = noise_of(3, rank=1, seed=0, monkeypatch=monkeypatch)
+    other_seed = noise_of(3, rank=0, seed=1, monkeypatch=monkeypatch)
+    everything = [tuple(drawn) for drawn in first + other_rank + other_seed]
+    assert len({*everything}) == 9
+
+
+def test_the_average_moves_towards_weights_and_statistics_by_the_decay():
+    training = training_of(golden_network(), ema_decay=0.75)
+    before = {name: t.clone() for name, t in training.ema.module.state_dict().items()}
+    training.step(torch.rand(4, 3, 16, 16), torch.randint(0, 2, (4, 20)))
+    after, weights = training.ema.module.state_dict(), training.model.state_dict()
+    for name in ("0.weight", "1.running_mean", "5.bias"):
+        expected = 0.75 * before[name] + 0.25 * weights[name]
+        torch.testing.assert_close(after[name], expected)
+        assert not torch.equal(after[name], before[name])
+
+
+def test_with_a_warm_up_the_first_averages_are_nearly_the_weights():
+    training = training_of(golden_network(), ema_decay=0.9997, ema_warmup=True)
+    training.step(torch.rand(4, 3, 16, 16), torch.randint(0, 2, (4, 20)))
+    assert training.ema.get_decay(1) < 0.5
+    distance = (training.ema.module[0].weight - training.model[0].weight).abs().max()
+    assert distance < 1e-3 * training.settings.lr or distance < 1e-5
+
+
 def test_precision_is_float32_for_training_on_a_cpu_unless_asked_for():
     assert precision("auto", CPU, training=True) is None
     assert precision("off", CPU, training=False) is None
     assert precision("bf16", CPU, training=True) == torch.bfloat16
-
-
-def test_scores_of_several_models_come_from_one_pass():
-    taken = []
-
-    def batches():
-        for size in (3, 2):
-            taken.append(size)
-            yield Batch(torch.rand(size, 4), torch.empty(size, 5))
-
-    models = [nn.Linear(4, 5), nn.Linear(4, 5)]
-    first, second = score(models, batches(), prepare=lambda batch: batch.images)
-    assert taken == [3, 2]
-    assert first.shape == second.shape == (5, 5)
-    assert not torch.equal(first, second)
-    assert ((first > 0) & (first < 1)).all()
 
 
 def test_a_device_that_is_not_there_is_an_error_of_usage():
@@ -153,69 +304,49 @@ def test_a_device_that_is_not_there_is_an_error_of_usage():
             pick_device("cuda")
 
 
-@pytest.mark.parametrize("option", [{"ema_warmup": True}, {"ema_decay": 0.5}])
-def test_every_option_of_the_average_changes_it(option, small_shapes, tmp_path):
-    folders = [
-        fit(settings(small_shapes, tmp_path / name, stop_epoch=1, **more))
-        for name, more in (("usual", {}), ("other", option))
-    ]
-    usual, other = (checkpoint.load(folder / "last.pt") for folder in folders)
-    name = next(iter(usual["ema"]))
-    assert torch.equal(usual["regular"][name], other["regular"][name])
-    assert not torch.equal(usual["ema"][name], other["ema"][name])
+def test_gradients_that_overflow_again_and_again_are_an_error():
+    training, images, targets = linear_training(amp="fp16")
+    training.epoch = 2
+    start = training.model[1].weight.clone()
+    training.model[1].weight.register_hook(lambda gradient: gradient * math.inf)
+    for _ in range(16):
+        training.step(images, targets)
+    assert len(training.finite_losses()) == 16  # a few are in the nature of float16
+    training.step(images, targets)
+    assert torch.equal(training.model[1].weight, start)
+    with pytest.raises(TrainingError, match=r"epoch 3: .*16 steps.* lower --lr, .*--amp bf16"):
+        training.finite_losses()
 
 
-@pytest.mark.parametrize(
-    "settings_of_the_data_side", [{"cache_dir": "cache"}, {"augment_on": "device"}], ids=str
-)
-def test_where_images_come_from_and_are_augmented_changes_no_result(
-    settings_of_the_data_side, small_shapes, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    plain = settings(small_shapes, "plain", augment="flip", epochs=1)
-    other = settings(small_shapes, "other", augment="flip", epochs=1, **settings_of_the_data_side)
-    logs = [(fit(config) / "metrics.jsonl").read_text() for config in (plain, other)]
-    assert logs[0] == logs[1]
-    if "cache_dir" in settings_of_the_data_side:
-        assert len(list(Path("cache").glob("*.images"))) == 2  # training and validation
+def test_a_loss_that_is_not_finite_in_float16_names_the_loss_scale():
+    training, images, targets = linear_training(amp="fp16")
+    training.epoch = 1
+    training.step(images, targets)
+    training.losses.append(torch.tensor(math.nan))
+    scale = r"with the loss scale at 65536: lower --lr, or train with --amp off"
+    with pytest.raises(TrainingError, match=rf"the loss is nan at epoch 2, step 2, {scale}"):
+        training.finite_losses()
 
 
-@pytest.mark.parametrize(("slow", "said"), [(-1, True), (2, False)])
-def test_waiting_for_data_is_said(slow, said, small_shapes, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(engine, "SLOW_DATA", slow)
-    fit(settings(small_shapes, tmp_path, epochs=1))
-    assert ("of the time: raise --workers or use --cache-dir" in capsys.readouterr().out) is said
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_the_first_loss_that_is_not_finite_is_named(bad):
+    training, *_ = linear_training()
+    training.losses = [torch.tensor(value) for value in (1.0, bad, 2.0)]
+    with pytest.raises(TrainingError, match=rf"the loss is {bad} at epoch 1, step 2: lower --lr"):
+        training.finite_losses()
 
 
-def test_validation_can_be_rarer_than_epochs(small_shapes, tmp_path):
-    run = fit(settings(small_shapes, tmp_path, val_every=2))
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert ["mAP_ema" in row for row in rows] == [False, True, True]
-
-
-def test_tensorboard_gets_the_figures_when_asked(small_shapes, tmp_path):
-    run = fit(settings(small_shapes, tmp_path / "with", stop_epoch=1, tensorboard=True))
-    assert list(run.glob("events.out.tfevents.*"))
-    run = fit(settings(small_shapes, tmp_path / "without", stop_epoch=1))
-    assert not list(run.glob("events.*"))
-
-
-def test_missing_images_end_a_run_before_it_starts_or_are_left_out(small_shapes, tmp_path, capsys):
-    root = tmp_path / "data"
-    shutil.copytree(small_shapes, root)
-    gone = sorted((root / "train2014").iterdir())[7]
-    gone.unlink()
-    with pytest.raises(DataError, match=f"1 of 40 images are missing: {gone}"):
-        fit(settings(root, tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
-    fit(settings(root, tmp_path / "run", stop_epoch=1, missing_images="skip"))
-    assert "39 images (1 missing, skipped)" in capsys.readouterr().out
-
-
-def test_an_image_that_cannot_be_read_is_named_also_by_a_worker(small_shapes, tmp_path):
-    root = tmp_path / "data"
-    shutil.copytree(small_shapes, root)
-    broken = sorted((root / "train2014").iterdir())[7]
-    broken.write_bytes(broken.read_bytes()[:500])
-    with pytest.raises(DataError, match=rf"^{broken}: [^\n]+$"):
-        fit(settings(root, tmp_path / "run", workers=1))
+def test_it_goes_on_from_its_state_as_if_it_had_never_stopped():
+    settings = {"epochs": 2, "lr": 1e-2, "ema_warmup": True}
+    one, images, targets = linear_training(**settings)
+    for _ in range(3):
+        one.step(images, targets)
+    weights = {name: {k: v.clone() for k, v in w.items()} for name, w in one.weights().items()}
+    other, *_ = linear_training(**settings)
+    other.load_state_dict(one.state_dict(), weights)
+    for training in (one, other):
+        training.step(images, targets)
+    for name, tensors in one.weights().items():
+        for key, tensor in tensors.items():
+            assert torch.equal(other.weights()[name][key], tensor)
+    assert (other.steps, other.lr) == (4, one.lr)

@@ -1,7 +1,7 @@
 """What validate.py and infer.py can be told."""
 
-from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 from pydantic import Field
@@ -14,6 +14,16 @@ from asl.models.settings import DeviceSettings, TrainedModelSettings
 Threshold = Annotated[float, tyro.conf.arg(aliases=("--thre", "--th"))]
 # What a checkpoint knows of the model that its weights are for.
 OF_THE_MODEL = ("model_name", "head", "image_size")
+
+
+def trained_with(path: str) -> Mapping[str, Any]:
+    """The settings that a checkpoint was trained with, by name; none in a file of others.
+
+    Raises `DataError` for a file that is no checkpoint.
+    """
+    from asl.models import checkpoint  # and with it torch, which `--help` can do without
+
+    return checkpoint.load(path).get("config") or {}
 
 
 class FigureSettings(Settings):

@@ -7,55 +7,48 @@ file is replaced as a whole: at no moment is one half-written.
 
 import fcntl
 import json
+import math
 import os
-import shlex
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import timm
 import torch
-from torch import Tensor
 
-from asl import __version__, report
 from asl.atomic import replacing
-from asl.config import RESUME_LAST, Config
-from asl.data.prior import RunningPrior, write_prior
+from asl.config import RESUME_LAST, write_recipe
+from asl.data.prior import write_prior
 from asl.distributed import rank, restarts, torchrun_name
 from asl.errors import DataError, TrainingError, UsageError
+from asl.evaluation.provenance import provenance
+from asl.evaluation.text import epoch_line
 from asl.models import checkpoint
+from asl.training.settings import TrainConfig
+from asl.training.step import Training
+
+Row = dict[str, float | None]  # a line of the log
 
 # Settings in which a resumed run may differ from what it was: what is computed stays the same, but
 # for rounding where the device differs.
 MAY_CHANGE = (
     *("config", "data", "missing_images", "cache_dir", "max_pixels", "workers"),
     *("model_path", "pretrained", "device", "compile"),
+    *("stop_epoch", "val_every", "threshold"),
     *("output", "overwrite", "resume", "checkpoint_every", "print_freq", "tensorboard", "profile"),
 )
-
-
-class State(Protocol):
-    """What is saved of a training: `engine.Training`."""
-
-    running_prior: RunningPrior | None
-
-    def weights(self) -> dict[str, dict[str, Tensor]]:
-        """The averaged and the regular state dict, as "ema" and "regular"."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the next step depends on beside the weights."""
+UNDEFINED = -1.0  # the mAP of an epoch that has none
+SETTINGS = "config.yaml"
+# What that file does not repeat: as a recipe it would write into this very folder, or delete it.
+OF_THIS_START = ("config", "output", "overwrite", "resume")
 
 
 class Run:
     """The folder of a training run. Rank 0 writes; on other ranks saving and logging do nothing."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: TrainConfig) -> None:
         """Find the folder, and what to go on from. Nothing is written outside `owned`.
 
         Raises `UsageError` where there is a run that may not be overwritten, none to resume, or one
@@ -63,39 +56,63 @@ class Run:
         """
         self.config, self.folder = config, run_folder(config)
         self.last, self.best = self.folder / "last.pt", self.folder / "best.pt"
-        self.kept = self._kept()
-        self.resumed = self.kept is not None
-        self.history: list[dict[str, float]] = self.kept["history"] if self.kept else []
+        self._checkpoint = self._find_checkpoint()
+        self.resumed = self._checkpoint is not None
+        self.history: list[Row] = self._checkpoint["history"] if self._checkpoint else []
+        self._first_epoch: int = self._checkpoint["epoch"] if self._checkpoint else 0
         self._classes: Sequence[str] = ()
         self._saved_at = time.monotonic()
+        self._tensorboard: Any = None
 
-    def _kept(self) -> dict[str, Any] | None:
+    def _find_checkpoint(self) -> dict[str, Any] | None:
         """The checkpoint to go on from: the folder's own, else the one that `--resume` names."""
-        named = self.config.resume not in ("", RESUME_LAST)
+        resume = self.config.run.resume
         if _goes_on(self.config, self.folder) and self.last.exists():
             path = self.last
-        elif named:
-            path = Path(self.config.resume)
+        elif resume not in ("", RESUME_LAST):
+            path = Path(resume)
         else:
             return None
-        kept = checkpoint.load(path)
-        if not kept.keys() >= {"training", "config", "history", "epoch", "losses"}:
+        found = checkpoint.load(path)
+        if not found.keys() >= {"training", "config", "history", "epoch", "losses"}:
             raise UsageError(f"{path} holds weights and no run: start from it with --model-path")
+        # A setting that is newer than the checkpoint had its default.
+        then = TrainConfig().flat() | found["config"]
         differing = [
-            f"{name}: {kept['config'].get(name)} then, {value} now"
-            for name, value in asdict(self.config).items()
-            if name not in MAY_CHANGE and kept["config"].get(name) != value
+            f"{name}: {then[name]} then, {value} now"
+            for name, value in self.config.flat().items()
+            if name not in MAY_CHANGE and then[name] != value
         ]
         if differing:
             raise UsageError(
                 f"{path} is of a run with other settings ({'; '.join(differing)}). "
                 f"What may change: {', '.join(MAY_CHANGE)}"
             )
-        return kept
+        return found
+
+    def restore(self, training: Training) -> None:
+        """Bring `training` to where the checkpoint was written, if there is one to go on from.
+
+        Raises `DataError` for a checkpoint whose state is not that of such a training.
+        """
+        if self._checkpoint is None:
+            return
+        try:
+            training.load_state_dict(self._checkpoint["training"], self._checkpoint)
+            training.epoch = self._checkpoint["epoch"]
+            losses = self._checkpoint["losses"].to(training.device, copy=True)
+            training.losses = list(losses)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"{self.last}: this run cannot go on from it: {reason}") from error
+        # The file is mapped. A disk has no room for others as long as that is so.
+        self._checkpoint = None
 
     @contextmanager
-    def owned(self, classes: Sequence[str]) -> Iterator[None]:
+    def owned(self, training: Training, classes: Sequence[str]) -> Iterator[None]:
         """The folder belongs to this process inside the block; its settings are written.
+
+        Of a run that goes on, the log is written anew: it may lack the last epoch.
 
         Raises `UsageError` where another process has it, and `DataError` where it cannot be
         written.
@@ -113,48 +130,73 @@ class Run:
                     stale += [self.last, self.best, self.folder / "metrics.jsonl"]
                 for path in stale:
                     path.unlink(missing_ok=True)
-                with replacing(self.folder / "config.yaml") as file:
-                    file.write(self.config.to_yaml().encode())
+                settings = self.folder / SETTINGS
+                with replacing(settings) as file:
+                    file.write(write_recipe(self.config.explicit(), OF_THIS_START).encode())
+            if self.config.run.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._tensorboard = stack.enter_context(SummaryWriter(str(self.folder)))
+            print(f"settings that differ from the defaults (all of them: {settings})")
+            for name, value in self.config.changed().items():
+                print(f"  {name}: {value}")
+            if self.resumed:
+                self.write_log(training)
             yield
+
+    def validates(self, epoch: int) -> bool:
+        """Whether that epoch (from 0) ends with a validation: every N-th does, and the last."""
+        return (epoch + 1) % self.config.run.val_every == 0 or epoch + 1 == self.config.last_epoch
+
+    def traces(self, epoch: int) -> bool:
+        """Whether `--profile` asks for a trace of that epoch: of the first after a start."""
+        return self.config.run.profile and epoch == self._first_epoch
 
     def is_due(self, steps: int) -> bool:
         """Whether `--checkpoint-every` asks for a checkpoint after that many steps of training."""
-        every = self.config.checkpoint_every
+        every = self.config.run.checkpoint_every
         if every.endswith("min"):
             return time.monotonic() - self._saved_at >= 60 * int(every.removesuffix("min"))
         return bool(every) and steps % int(every) == 0
 
-    def save(self, training: State, epoch: int, losses: Sequence[Tensor] = ()) -> None:
-        """Write last.pt: `training` in `epoch` (from 0), after the steps that gave `losses`.
+    def save(self, training: Training) -> None:
+        """Write last.pt.
 
-        Raises `TrainingError` where weights are not finite, and `DataError` where the file cannot
-        be written. What was there before then stays.
+        Raises `TrainingError` where a loss or weights are not finite, and `DataError` where the
+        file cannot be written. What was there before then stays.
         """
+        training.finite_losses()
         self._saved_at = time.monotonic()
         if rank() != 0:
             return
-        state = self._checkpoint(training)
-        state |= {"training": training.state_dict(), "epoch": epoch}
-        state["losses"] = torch.stack(list(losses)).cpu() if losses else torch.empty(0)
+        state = self._weights(training)
+        state |= {"training": training.state_dict(), "epoch": training.epoch}
+        state["losses"] = torch.stack(training.losses).cpu() if training.losses else torch.empty(0)
         checkpoint.save(self.last, state)
 
-    def end_epoch(self, training: State, row: dict[str, float]) -> None:
-        """Log the figures of an epoch and write the checkpoints that it earned."""
+    def record(self, training: Training, row: Row) -> None:
+        """End an epoch: log its figures and write the checkpoints that it earned."""
+        training.epoch, training.losses = training.epoch + 1, []
         if rank() != 0:
             return
+        row = {name: None if math.isnan(value or 0) else value for name, value in row.items()}
         earlier = [best_map(old) for old in self.history]
         self.history.append(row)
-        # The log comes after the checkpoint that has its rows: a run that is killed in between is
-        # resumed with this epoch done, and writes the row with the next.
-        if "mAP_ema" in row and best_map(row) > max(earlier, default=-1.0):
-            checkpoint.save(self.best, self._checkpoint(training))
-        self.save(training, int(row["epoch"]))
+        # The log is written after the checkpoint that has its rows. A run that is killed in between
+        # is resumed with this epoch done, and writes the row then.
+        highest = max(earlier, default=UNDEFINED)
+        if "mAP_ema" in row and (best_map(row) > highest or highest == UNDEFINED):
+            checkpoint.save(self.best, self._weights(training))
+        self.save(training)
         self.write_log(training)
-        if self.config.tensorboard:
-            self._to_tensorboard(row)
-        print(report.epoch_line(row))
+        if self._tensorboard is not None:
+            for name, value in row.items():
+                if value is not None and name != "epoch":
+                    self._tensorboard.add_scalar(name, value, training.epoch)
+            self._tensorboard.flush()
+        print(epoch_line(row))
 
-    def write_log(self, training: State) -> None:
+    def write_log(self, training: Training) -> None:
         """Write metrics.jsonl, and prior.csv if there is a running prior."""
         if rank() != 0:
             return
@@ -163,7 +205,8 @@ class Run:
         if training.running_prior is not None:
             write_prior(self.folder / "prior.csv", self._classes, training.running_prior.prior)
 
-    def _checkpoint(self, training: State) -> dict[str, Any]:
+    def _weights(self, training: Training) -> dict[str, Any]:
+        """A checkpoint to start from or to evaluate."""
         weights = training.weights()
         for name, tensors in weights.items():
             floating = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
@@ -172,24 +215,17 @@ class Run:
                     f"the {name} weights are no longer finite: lower --lr or try --amp off. "
                     f"{self.folder} keeps the checkpoints from before"
                 )
-        row = next((row for row in reversed(self.history) if "mAP_ema" in row), None)
-        regular_leads = row is not None and row["mAP_regular"] > row["mAP_ema"]
+        row = next((row for row in reversed(self.history) if "mAP_ema" in row), {})
+        regular_leads = _defined(row.get("mAP_regular")) > _defined(row.get("mAP_ema"))
         return {
             **weights,
             "best": "regular" if regular_leads else "ema",
             "num_classes": len(self._classes),
             "idx_to_class": dict(enumerate(self._classes)),
-            "config": asdict(self.config),
+            "config": self.config.flat(),
             "history": self.history,
             "provenance": provenance(),
         }
-
-    def _to_tensorboard(self, row: Mapping[str, float]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        with SummaryWriter(str(self.folder)) as writer:
-            for name in row.keys() - {"epoch"}:
-                writer.add_scalar(name, row[name], int(row["epoch"]))
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -199,32 +235,37 @@ class Run:
             raise DataError(f"cannot write into {self.folder}: {error.strerror}") from error
 
 
-def run_folder(config: Config) -> Path:
+def run_folder(config: TrainConfig) -> Path:
     """Where the run is to live, or lived that is resumed; refuses to overwrite one unasked."""
-    if config.output:
-        folder = Path(config.output)
-    else:
-        name = Path(config.config).stem or f"{config.dataset}_{config.model_name}"
-        folders = [Path("runs", name), *(Path("runs", f"{name}-{n}") for n in range(2, 1000))]
-        free = next(i for i, folder in enumerate(folders) if not folder.exists())
-        folder = folders[free - (free > 0 and _goes_on(config, folders[free - 1]))]
+    folder = Path(config.run.output) if config.run.output else _free_folder(config)
     goes_on = _goes_on(config, folder)
     # A run that was stopped while it estimated its prior has no checkpoint of its own yet.
     try:
         taken = (folder / "last.pt").exists() or (goes_on and (folder / "prior").exists())
     except OSError as error:  # a name that is too long, or a folder that is closed to us
         raise DataError(f"cannot write into {folder}: {error.strerror}") from error
-    if config.resume == RESUME_LAST and not taken:
+    if config.run.resume == RESUME_LAST and not taken:
         raise UsageError(f"there is no run to resume in {folder}")
-    if taken and not (goes_on or config.overwrite):
+    if taken and not (goes_on or config.run.overwrite):
         raise UsageError(f"{folder} holds a run: pass --resume, --overwrite or another --output")
     return folder
 
 
-def _goes_on(config: Config, folder: Path) -> bool:
-    """Whether to go on with the run in `folder`: as asked, or as it is torchrun's that restarts."""
-    if config.resume or not restarts():
-        return bool(config.resume)
+def _free_folder(config: TrainConfig) -> Path:
+    """`runs/<recipe>` with the first number that is free, or the one before it to go on there."""
+    recipe = Path(config.run.config)
+    # A run's own settings may be the recipe of the next.
+    name = recipe.absolute().parent.name if recipe.name == SETTINGS else recipe.stem
+    name = name or f"{config.data.dataset}_{config.model.model_name}"
+    folders = [Path("runs", name), *(Path("runs", f"{name}-{n}") for n in range(2, 1000))]
+    free = next(i for i, folder in enumerate(folders) if not folder.exists())
+    return folders[free - (free > 0 and _goes_on(config, folders[free - 1]))]
+
+
+def _goes_on(config: TrainConfig, folder: Path) -> bool:
+    """Whether to go on with the run in `folder`: as asked, or as torchrun restarts it."""
+    if config.run.resume or not restarts():
+        return bool(config.run.resume)
     # torchrun restarts the very command that failed, which may have been refused the folder.
     locks = [lock for lock in (folder / ".lock", folder / "prior" / ".lock") if lock.exists()]
     return any(lock.read_text().endswith(_by_torchrun()) for lock in locks)
@@ -234,23 +275,13 @@ def _by_torchrun() -> str:
     return f", torchrun {torchrun_name()}\n" if torchrun_name() else "\n"
 
 
-def best_map(row: Mapping[str, float]) -> float:
-    """The higher mAP of an epoch's two sets of weights; -1 if it was not validated."""
-    return max(row.get("mAP_ema", -1.0), row.get("mAP_regular", -1.0))
+def best_map(row: Mapping[str, float | None]) -> float:
+    """The higher mAP of an epoch's two sets of weights; -1 where it was not measured or defined."""
+    return max(_defined(row.get("mAP_ema")), _defined(row.get("mAP_regular")))
 
 
-def provenance() -> dict[str, str]:
-    """What a published number should say of itself: the command, the commit, the versions."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        "commit": commit,
-        "versions": f"asl {__version__}, torch {torch.__version__}, timm {timm.__version__}",
-    }
+def _defined(figure: float | None) -> float:
+    return UNDEFINED if figure is None else figure
 
 
 @contextmanager

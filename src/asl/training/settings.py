@@ -1,5 +1,6 @@
 """What train.py can be told."""
 
+import re
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -129,7 +130,6 @@ class RunSettings(Settings):
     )
     checkpoint_every: str = Field(
         "",
-        pattern=r"^([1-9][0-9]{0,8}(min)?)?$",
         description="also write last.pt within an epoch: every N steps, or every Nmin minutes",
     )
     overwrite: bool = Field(False, description="start anew in a folder that already holds a run")
@@ -142,6 +142,13 @@ class RunSettings(Settings):
     )
     print_freq: int = Field(100, ge=1, description="steps between looks at the loss")
     tensorboard: bool = Field(False, description="also log to TensorBoard in the run folder")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        every = self.checkpoint_every
+        if every and not re.fullmatch(r"[1-9][0-9]{0,8}(min)?", every):
+            raise UsageError(f"checkpoint_every is {every!r}: steps (500) or minutes (10min)")
+        return self
 
 
 class TrainConfig(Config):
@@ -168,3 +175,8 @@ class TrainConfig(Config):
     def last_epoch(self) -> int:
         """How many epochs are trained."""
         return min(self.run.stop_epoch or self.step.epochs, self.step.epochs)
+
+    def explicit(self) -> Self:
+        """The same settings, with the numbers of the loss in place of "what it usually has"."""
+        neg, pos, clip = self.loss.asymmetry
+        return self.with_settings(gamma_neg=neg, gamma_pos=pos, clip=clip)

@@ -1,0 +1,112 @@
+"""A checkpoint measured on a data set, and the figures that an epoch is judged by."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asl.data.annotations import UNANNOTATED, Annotations
+from asl.data.classes import read_descriptions
+from asl.data.prior import write_prior
+from asl.data.settings import DataSettings
+from asl.data.splits import read_split, split_name
+from asl.distributed import pick_device, process_group
+from asl.evaluation.provenance import provenance
+from asl.evaluation.score import Scorer
+from asl.evaluation.settings import ValidateConfig
+from asl.metrics import Protocol, evaluate_scores, f1_scores, mean_average_precision
+
+
+def evaluate(config: ValidateConfig) -> dict[str, Any]:
+    """Measure a checkpoint on the validation split.
+
+    Returns what `metrics.evaluate_scores` does, with "checkpoint", "weights", "dataset", "split",
+    "image_size", "evaluated_as" and `provenance` beside it. Of several processes rank 0 returns it,
+    and the others nothing. Classes are matched by name. With `estimate_prior` the mean score of
+    every class over the training split becomes that file; the labels of that split play no part. It
+    is the prior of CSL, if the model was trained with unannotated cells ignored.
+
+    Raises `UsageError` and `DataError` for what is wrong with the input.
+    """
+    wanted = config.evaluation
+    with process_group(pick_device(config.run.device)) as device:
+        scorer = Scorer.load(config.model, config.images, config.run, device)
+        dataset = read_split(config.data, "val", classes=scorer.classes)
+        names = display_names(wanted.class_descriptions, scorer.classes)
+        scores = scorer.scores(dataset, "validation")
+        if wanted.estimate_prior:
+            images = read_split(config.data, "train", config.labels, classes=scorer.classes)
+            estimate_prior(scorer, images, wanted.estimate_prior)
+    if scores is None:
+        return {}
+    figures = evaluate_scores(
+        scores,
+        dataset.dense(),
+        names,
+        threshold=wanted.threshold,
+        top_k=wanted.top_k or 3,
+        protocol=protocol(dataset),
+    )
+    return {
+        "checkpoint": config.model.model_path,
+        "weights": scorer.weights,
+        "dataset": config.data.dataset,
+        "split": split_name(config.data, "val"),
+        "image_size": config.images.image_size,
+        "evaluated_as": evaluated_as(config.data),
+        **figures,
+        **provenance(),
+    }
+
+
+def estimate_prior(scorer: Scorer, images: Annotations, path: str | Path) -> None:
+    """Write the mean score of every class over these images to `path`, on rank 0."""
+    scores = scorer.scores(images, "prior")
+    if scores is not None:
+        write_prior(path, scorer.classes, scores.mean(0, dtype=torch.float32))
+
+
+def epoch_figures(
+    weights: str, scores: Tensor | None, dataset: Annotations, threshold: float
+) -> dict[str, float]:
+    """What an epoch is judged by: mAP, CF1 and OF1 of a set of weights, in percent.
+
+    NaN where no class has a positive; nothing without scores, as on all ranks but 0.
+    """
+    if scores is None:
+        return {}
+    targets, counted = dataset.dense(), protocol(dataset)
+    f1 = f1_scores(scores, targets, threshold, protocol=counted)
+    return {
+        f"mAP_{weights}": mean_average_precision(scores, targets, protocol=counted),
+        **{f"{which}_{weights}": f1[which] for which in ("CF1", "OF1")},
+    }
+
+
+def protocol(dataset: Annotations) -> Protocol:
+    """Over which classes a mean runs: see `metrics.Protocol`."""
+    return "partial" if dataset.implied == UNANNOTATED else "full"
+
+
+def evaluated_as(data: DataSettings) -> str:
+    """The protocol by name: what a figure must say to be compared with the literature's."""
+    if data.dataset == "coco":
+        return "coco: all images" if data.all_images else "coco: annotated images only (official)"
+    if data.dataset == "voc":
+        if data.val_difficult in (None, "ignore"):
+            return "voc: difficult objects ignored (official)"
+        return f"voc: difficult objects taken as {data.val_difficult}"
+    return {
+        "openimages": "openimages: verified labels only (official)",
+        "nus_wide": "nus_wide: all listed images (official)",
+    }.get(data.dataset, f"{data.dataset}: all listed images")
+
+
+def display_names(descriptions: str, classes: Sequence[str]) -> list[str]:
+    """What to call the classes: as the CSV `descriptions` says, where there is one."""
+    if not descriptions:
+        return list(classes)
+    names = read_descriptions(Path(descriptions))
+    return [names.get(name, name) for name in classes]

@@ -1,0 +1,23 @@
+"""What a published number says of itself."""
+
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from asl import __version__
+
+
+def provenance() -> dict[str, str]:
+    """The command that is running, the commit of this code, and the versions of the libraries."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": commit,
+        "versions": f"asl {__version__}, torch {version('torch')}, timm {version('timm')}",
+    }

@@ -1,0 +1,129 @@
+"""Scores: what a trained model says of every image of a data set."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from asl.data.annotations import Annotations
+from asl.distributed import gather_dealt, precision, rank
+from asl.images.loader import Batch, Batches
+from asl.images.prepare import preparation
+from asl.images.settings import ImageSettings
+from asl.models.build import check_size, normalization, place
+from asl.models.fold import fold_batchnorm
+from asl.models.settings import DeviceSettings, TrainedModelSettings
+from asl.models.weights import trained_model
+
+HALF_ABOVE = 2**27  # cells: larger tables of scores are kept in half precision, 256 MB and up
+
+
+@torch.inference_mode()
+def score(
+    models: Sequence[nn.Module],
+    batches: Iterable[Batch],
+    prepare: Callable[[Batch], Tensor],
+    computed_in: torch.dtype | None = None,
+    kept_as: torch.dtype = torch.float32,
+) -> list[Tensor]:
+    """The scores that each of several models gives, in one pass over the batches.
+
+    One (N, C) tensor of type `kept_as` per model, on the host, values in [0, 1]. With `computed_in`
+    the forward passes run in that precision.
+    """
+    models = [model.eval() for model in models]
+    parts: list[list[Tensor]] = [[] for _ in models]
+    for batch in batches:
+        images = prepare(batch)
+        with torch.autocast(images.device.type, computed_in, enabled=computed_in is not None):
+            logits = [model(images)[: len(batch.targets)] for model in models]
+        for part, each in zip(parts, logits, strict=True):
+            part.append(each.float().sigmoid().to("cpu", kept_as))
+    return [torch.cat(part) for part in parts]
+
+
+def score_data_set(
+    models: Sequence[nn.Module],
+    batches: Batches,
+    device: torch.device,
+    amp: str,
+    title: str,
+    watched: Callable[[Iterable[Batch]], Iterable[Batch]] = iter,
+) -> list[Tensor | None]:
+    """What `score` returns for all batches, of all ranks, on rank 0; None on the others.
+
+    A progress bar has the `title`; `watched` may look at the batches as they pass.
+    """
+    images, classes = len(batches.annotations), batches.annotations.num_classes
+    tables = score(
+        models,
+        watched(progress(batches, 0, title)),
+        preparation(*normalization(models[0]), device),
+        precision(amp, device, training=False),
+        torch.float16 if images * classes > HALF_ABOVE else torch.float32,
+    )
+    return [gather_dealt(table, batches.batch_size_per_rank, images) for table in tables]
+
+
+def progress(batches: Batches, epoch: int, title: str, start: int = 0) -> "tqdm[Batch]":
+    """The batches of an epoch, from number `start` on, behind a bar that counts images."""
+    return tqdm(
+        batches.epoch(epoch, start),
+        title,
+        len(batches),
+        initial=start,
+        unit="img",
+        unit_scale=batches.batch_size,
+        leave=False,
+        disable=rank() != 0,
+    )
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A trained model on its device, for `classes`; which set of `weights` it has."""
+
+    model: nn.Module
+    classes: tuple[str, ...]
+    weights: str
+    settings: TrainedModelSettings
+    images: ImageSettings
+    device: torch.device
+    amp: str
+
+    @classmethod
+    def load(
+        cls,
+        settings: TrainedModelSettings,
+        images: ImageSettings,
+        compute: DeviceSettings,
+        device: torch.device,
+    ) -> Self:
+        """Build the model of a checkpoint. Raises `UsageError` and `DataError` if that fails."""
+        model, classes, loaded = trained_model(settings, images.image_size)
+        return cls(
+            fold_batchnorm(place(model, device)),
+            classes,
+            loaded.weights,
+            settings,
+            images,
+            device,
+            compute.amp,
+        )
+
+    def scores(self, annotations: Annotations, title: str) -> Tensor | None:
+        """The (N, C) scores in [0, 1] of these images, on rank 0; None on other ranks.
+
+        Raises `UsageError` for images of a size that the model cannot take, and `DataError` for one
+        that cannot be read.
+        """
+        batches = Batches(annotations, self.images, pin_memory=self.device.type == "cuda")
+        try:
+            [scores] = score_data_set([self.model], batches, self.device, self.amp, title)
+        except (RuntimeError, AssertionError, ArithmeticError, ValueError):
+            check_size(self.model, self.settings.model_name, self.images.image_size)
+            raise  # the size is right: it was something else
+        return scores

@@ -1,0 +1,196 @@
+"""What a person reads: lines and tables of text, and the JSON that a program reads."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from asl.atomic import write_result
+from asl.data.annotations import ABSENT, PRESENT, Annotations
+
+MAX_CLASSES_IN_FULL = 100
+EXTREMES = 10
+MAX_NAMES = 5
+RUNNERS_UP = 3
+
+_F1_FIGURES = ("CP", "CR", "CF1", "OP", "OR", "OF1", "macro_F1")
+_LEFT_OUT = {
+    "full": ("labels", "positives"),
+    "partial": ("labels", "positives", "negatives"),
+    "official": (),
+}
+_PROTOCOLS = {
+    "full": "full: every class with a positive counts",
+    "partial": "partial: every class with an annotated positive and negative counts",
+    "official": "official: a class without positives counts as AP 0",
+}
+
+
+def epoch_line(row: Mapping[str, float | None]) -> str:
+    """One line of the training log, from "epoch", "lr", "loss" and whatever else was measured."""
+
+    def show(name: str, width: int, digits: int) -> str:
+        return _number(row[name], digits).rjust(width)
+
+    line = f"epoch {show('epoch', 3, 0)}   lr {row['lr']:.1e}   loss {show('loss', 9, 2)}"
+    if "mAP_ema" in row:
+        line += f"   mAP {show('mAP_ema', 5, 2)} (EMA) {show('mAP_regular', 5, 2)} (regular)"
+    if "gamma_neg" in row:
+        line += f"   gap {show('gap', 6, 3)}   gamma_neg {show('gamma_neg', 5, 2)}"
+    return line
+
+
+def evaluation_text(figures: Mapping[str, Any]) -> str:
+    """The report on what `metrics.evaluate_scores` returned.
+
+    Says first which checkpoint was measured on which data, where `figures` tells ("checkpoint",
+    "weights", "dataset", "split", "image_size", "evaluated_as"). Of more than 100 classes, only the
+    10 best and the 10 worst are listed.
+    """
+    classes = figures["per_class"]
+    lines = []
+    if "checkpoint" in figures:
+        lines.append(f"checkpoint  {figures['checkpoint']} ({figures['weights']} weights)")
+        data = f"{figures['dataset']} {figures['split']} at {figures['image_size']} px"
+        lines.append(f"data        {data}")
+    lines.append(f"evaluated   {figures['images']:,} images, {len(classes):,} classes")
+    if "evaluated_as" in figures:
+        lines.append(f"protocol    {figures['evaluated_as']}")
+    lines.append(f"annotation  {_PROTOCOLS[figures['protocol']]}")
+    left_out = []
+    for what in _LEFT_OUT[figures["protocol"]]:
+        if names := figures[f"classes_without_{what}"]:
+            left_out += names
+            lines.append(f"left out    {len(names):,} without {what}: {_listed(names)}")
+
+    averaged = f"mean over {figures['averaged_classes']:,} classes"
+    lines += ["", f"mAP         {_number(figures['mAP'], 2)} ({averaged})"]
+    if figures["protocol"] == "partial":
+        weighted = _number(figures["weighted_mAP"], 2)
+        lines.append(f"            {weighted} (weighted by the positives of each class)")
+
+    threshold, top_k = f"{figures['threshold']:g}", figures["top_k"]
+    rows = [["", *_F1_FIGURES[:-1], "mean F1"]]
+    for name, key in (
+        (f"score > {threshold}", "at_threshold"),
+        (f"score > {threshold}, top {top_k}", "at_top_k"),
+    ):
+        rows.append([name, *(_number(figures[key][figure], 1) for figure in _F1_FIGURES)])
+    lines += ["", *_aligned(rows)]
+    lines.append("(CF1: harmonic mean of CP and CR; mean F1: mean of the F1 of each class)")
+
+    if len(classes) > MAX_CLASSES_IN_FULL:
+        counted = [c for c in classes if c["AP"] is not None and c["name"] not in set(left_out)]
+        ranked = sorted(counted, key=lambda c: -c["AP"])
+        best, worst = ranked[:EXTREMES], ranked[EXTREMES:][-EXTREMES:]
+        for which, chosen in (("best", best), ("worst", worst)):
+            lines += ["", f"the {len(chosen)} {which} classes", *_class_table(chosen)]
+        lines += ["", f"(all {len(classes):,} classes are in the JSON: --json FILE)"]
+    else:
+        lines += ["", *_class_table(classes)]
+    return "\n".join(lines)
+
+
+def prediction_text(prediction: Mapping[str, Any]) -> str:
+    """The labels of one image: a line for each that was predicted, and one for the next three.
+
+    `prediction` is {"file", "labels": [{"name", "score", "predicted"}]}, highest score first.
+    """
+    labels = prediction["labels"]
+    found = [[f"  {x['name']}", percent(x["score"])] for x in labels if x["predicted"]]
+    rest = [f"{x['name']} {percent(x['score'])}" for x in labels if not x["predicted"]]
+    others = ", ".join(rest[:RUNNERS_UP])
+    lines = [str(prediction["file"]), *_aligned(found)]
+    if not found:
+        lines.append(f"  nothing is above the threshold; the highest: {others}")
+    elif others:
+        lines.append(f"  below the threshold: {others}")
+    return "\n".join(lines)
+
+
+def frequencies_text(
+    original: Annotations,
+    partial: Mapping[str, Annotations],
+    priors: Mapping[str, npt.ArrayLike],
+) -> str:
+    """How often each class is present, and what partial labels and priors say of it.
+
+    A line per class, the most frequent first (of more than 100 classes: the first and last 10), of
+    the images that it is present in and their share; for each `partial` version, by name, the cells
+    that it keeps (+ present, - absent); and each of the `priors` (C,), by name. Under it, for each
+    prior, how well it ranks the classes (Spearman), and the ten that it puts first.
+    """
+    share = original.counts(PRESENT) / len(original)
+    order = np.argsort(-share, kind="stable")
+    columns = {"images": original.counts(PRESENT), "share": share}
+    for name, kept in partial.items():
+        columns |= {f"{name} +": kept.counts(PRESENT), f"{name} -": kept.counts(ABSENT)}
+    columns |= {f"prior {name}": np.asarray(prior) for name, prior in priors.items()}
+    listed = order
+    if len(order) > MAX_CLASSES_IN_FULL:
+        listed = np.concatenate([order[:EXTREMES], order[-EXTREMES:]])
+    rows = [["class", *columns]]
+    for c in listed:
+        cells = (column[c] for column in columns.values())
+        rows.append(
+            [original.classes[c], *(f"{x:,}" if x.dtype.kind == "i" else f"{x:.4f}" for x in cells)]
+        )
+    lines = [f"{len(original):,} images, {original.num_classes:,} classes", "", *_aligned(rows)]
+    for name, prior in priors.items():
+        top = np.argsort(-np.asarray(prior), kind="stable")[:EXTREMES]
+        hits = len(np.intersect1d(top, order[:EXTREMES]))
+        lines += ["", f"prior {name}: rank correlation {rank_correlation(share, prior):.3f}"]
+        lines.append(
+            f"top {len(top)} ({hits} rightly): " + ", ".join(original.classes[c] for c in top)
+        )
+    return "\n".join(lines)
+
+
+def write_json(value: Any, path: str | Path) -> None:
+    """Write to a JSON file, indented; the folder is made. Raises `UsageError` if that fails."""
+    write_result(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def rank_correlation(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
+    """Spearman's: that of the ranks, where equal values share the mean of theirs."""
+
+    def ranks(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+        mean_ranks: npt.NDArray[np.float64] = np.cumsum(counts) - (counts - 1) / 2
+        return mean_ranks[place]
+
+    return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
+
+
+def _class_table(classes: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = [["class", "AP", "positives", "negatives"]]
+    for each in classes:
+        counts = (f"{each['positives']:,}", f"{each['negatives']:,}")
+        rows.append([each["name"], _number(each["AP"], 2), *counts])
+    return _aligned(rows)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of columns two spaces apart: the first flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])])
+        for first, *rest in rows
+    ]
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_NAMES:,} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(names[:MAX_NAMES]) + more
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def percent(score: float) -> str:
+    """A score in [0, 1] as text."""
+    return f"{100 * score:.1f} %"

@@ -1,0 +1,186 @@
+"""One training step: forward, loss, backward, update, average."""
+
+import math
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import torch
+from timm.utils.model_ema import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from asl.distributed import precision, rank, summed, world_size
+from asl.errors import TrainingError
+from asl.training.prior import RunningPrior
+from asl.training.settings import StepSettings
+
+
+class Training:
+    """What a step changes: the model, its average, the optimizer, the schedule, the loss scale.
+
+    `steps` counts the steps so far, `epoch` is the number of the epoch from 0, and `losses` are
+    those of its steps, summed over classes and images: 0-d, on the device.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: nn.Module,
+        settings: StepSettings,
+        *,
+        steps_per_epoch: int,
+        device: torch.device,
+        amp: str = "off",
+    ) -> None:
+        self.model, self.device, self.settings = model, device, settings
+        self.forward: nn.Module = model
+        if world_size() > 1:
+            self.forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        if settings.compile:
+            self.forward = torch.compile(self.forward)  # type: ignore[assignment]
+        self.loss = loss.to(device)
+        self.optimizer = create_optimizer(model, settings)
+        self.schedule = create_schedule(self.optimizer, settings, steps_per_epoch)
+        self.precision = precision(amp, device, training=True)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
+        self.ema = ModelEmaV3(model, decay=settings.ema_decay, use_warmup=settings.ema_warmup)
+        # The tensors are listed once. timm's own update builds both state dicts in every step, and
+        # that takes as long as the average itself.
+        pairs = zip(self.ema.module.state_dict().values(), model.state_dict().values(), strict=True)
+        floating = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._averages, self._sources = ([pair[which] for pair in floating] for which in (0, 1))
+        self.running_prior: RunningPrior | None = None
+        if settings.running_prior:
+            num_classes: int = model.num_classes  # type: ignore[assignment]  # timm's models say
+            self.running_prior = RunningPrior(num_classes).to(device)
+        self.steps = self.epoch = 0
+        self.losses: list[Tensor] = []
+
+    def step(self, images: Tensor, targets: Tensor) -> Tensor:
+        """One update from this rank's normalised images (B, 3, S, S) and targets (B, C).
+
+        Returns the loss, summed over classes and the batches of all ranks: 0-d, detached, on the
+        device. Nothing here waits for the device.
+        """
+        self._seed()
+        if not self.model.training:  # to ask is free, to tell every layer takes a millisecond
+            self.model.train()
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
+            logits = self.forward(images)
+        logits = logits[: len(targets)]  # there may be fewer targets than images: see `Batch`
+        loss: Tensor = self.loss(logits, targets)
+        # The loss is a sum over images, and DistributedDataParallel averages over the ranks.
+        scaled = self.scaler.scale(loss * world_size())
+        scaled.backward()  # type: ignore[no-untyped-call]
+        if self.settings.grad_clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        self.steps += 1
+        self.average()
+        if self.running_prior is not None:
+            self.running_prior.update(logits)
+        self.losses.append(summed(loss.detach()))
+        return self.losses[-1]
+
+    def _seed(self) -> None:
+        # What dropout draws depends on (seed, step, rank) alone: a checkpoint needs no generator.
+        drawn = np.random.SeedSequence([self.settings.seed, self.steps, rank()]).generate_state(1)
+        torch.manual_seed(int(drawn[0]))
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Move the averaged parameters and running statistics towards the present ones."""
+        # timm counts steps for the warm-up only: given them without one, it skips the first.
+        decay = self.ema.get_decay(self.steps if self.ema.use_warmup else None)
+        torch._foreach_lerp_(self._averages, self._sources, 1 - decay)
+
+    def finite_losses(self) -> list[float]:
+        """The losses of this epoch as numbers. It waits for the device: once, not once per step.
+
+        Raises `TrainingError` where one is not finite, or the loss scale of float16 has collapsed.
+        """
+        if not self.losses:
+            return []
+        values: list[float] = torch.stack(self.losses).tolist()
+        scale = f", with the loss scale at {self.scaler.get_scale():g}" * self.scaler.is_enabled()
+        for step, value in enumerate(values, start=1):
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"the loss is {value} at epoch {self.epoch + 1}, step {step}{scale}: lower "
+                    "--lr, or train with --amp off. The checkpoints hold the state before that."
+                )
+        if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
+            raise TrainingError(
+                f"epoch {self.epoch + 1}: gradients overflow float16 again and again, the last of "
+                "more than 16 steps without an update: lower --lr, or train with --amp bf16 or off"
+            )
+        return values
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return float(self.schedule.get_last_lr()[0])
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """The averaged and the regular state dict, as "ema" and "regular"."""
+        return {"ema": self.ema.module.state_dict(), "regular": self.model.state_dict()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step depends on beside the weights."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "loss": self.loss.state_dict(),
+            "running_prior": self.running_prior and self.running_prior.state_dict(),
+            "steps": self.steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], weights: dict[str, dict[str, Tensor]]) -> None:
+        """Go on from a copy of what `state_dict` and `weights` returned."""
+        self.model.load_state_dict(weights["regular"])
+        self.ema.module.load_state_dict(weights["ema"])
+        self.optimizer.load_state_dict(deepcopy(state["optimizer"]))
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.loss.load_state_dict(state["loss"])
+        if self.running_prior is not None:
+            self.running_prior.load_state_dict(state["running_prior"])
+        self.steps = state["steps"]
+
+
+def create_optimizer(model: nn.Module, settings: StepSettings) -> torch.optim.Optimizer:
+    """Adam or AdamW with the official parameter groups: no decay of biases and 1-d parameters."""
+    groups: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[parameter.ndim > 1 and not name.endswith(".bias")].append(parameter)
+    kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+    return kind(
+        [
+            {"params": groups[False], "weight_decay": 0.0},
+            {"params": groups[True], "weight_decay": settings.weight_decay},
+        ],
+        lr=settings.lr,
+        fused=True,
+    )
+
+
+def create_schedule(
+    optimizer: torch.optim.Optimizer, settings: StepSettings, steps_per_epoch: int
+) -> torch.optim.lr_scheduler.OneCycleLR:
+    """One cycle over all `epochs`, even where a run stops earlier (official training script)."""
+    total = settings.epochs * steps_per_epoch
+    # torch divides by zero where the rise is exactly one step long.
+    one_step = math.isclose(settings.pct_start * total, 1)
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        max_lr=settings.lr,
+        total_steps=total,
+        pct_start=1.001 / total if one_step else settings.pct_start,
+    )
