@@ -1,15 +1,21 @@
 """The losses against the official code's numbers, the formula and autograd."""
 
+import importlib.util
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import asl.losses
 from asl.losses import (
     ASLSingleLabel,
     AsymmetricLoss,
@@ -125,14 +131,65 @@ def test_optimized_equals_plain(gammas, clip, detached, kind):
         torch.testing.assert_close(fast, plain, rtol=2e-5, atol=2e-6)
 
 
-def test_optimized_works_in_chunks_and_on_strided_input(monkeypatch):
-    logits, targets = batch(shape=(9, 41))
-    expected = value_and_grad(AsymmetricLoss(reduction="none"), logits, targets)
-    monkeypatch.setattr("asl.losses._CPU_CHUNK", 50)
-    loss = AsymmetricLossOptimized(disable_torch_grad_focal_loss=True, reduction="none")
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_optimized_works_in_chunks_and_on_strided_input(kind, reduction, monkeypatch):
+    logits, targets = batch(kind, (9, 41))
+    targets[7:] = batch("hard", (2, 41))[1]  # so that one chunk has hard targets in either case
+    expected = value_and_grad(AsymmetricLoss(reduction=reduction), logits, targets)
+    monkeypatch.setattr("asl.losses_cpu.CHUNK", 50)
+    loss = AsymmetricLossOptimized(disable_torch_grad_focal_loss=True, reduction=reduction)
     torch.testing.assert_close(value_and_grad(loss, logits, targets), expected)
     strided = value_and_grad(loss, logits.t().contiguous().t(), targets.t().contiguous().t())
     torch.testing.assert_close(strided, expected)
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_optimized_finds_every_positive_wherever_it_lies(few):
+    logits = torch.linspace(-3, 3, 4096).view(64, 64)
+    for position in range(0, 4096, 37):
+        targets = torch.zeros(4096) if few else (torch.arange(4096) % 3 == 0).float()
+        targets[position] = 1 - targets[position]
+        pair = logits, targets.view(64, 64)
+        torch.testing.assert_close(AsymmetricLossOptimized()(*pair), AsymmetricLoss()(*pair))
+
+
+@pytest.mark.parametrize("eps", [1e-8, 0.1, 0])
+@pytest.mark.parametrize("gammas", [(4, 1), (1, 2), (0.5, 0.3), (1.5, 0)], ids=str)
+@pytest.mark.parametrize("clip", [0, 0.05])
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_below_eps_the_focusing_weight_is_constant(eps, gammas, clip, kind):
+    logits, targets = batch(kind, dtype=torch.float64)
+    logits[:2] = torch.linspace(-22, 22, 74, dtype=torch.float64).view(2, 37)
+    targets[0] = 1
+    options = *gammas, clip, eps, False, "none"
+    plain = value_and_grad(AsymmetricLoss(*options), logits, targets)
+    torch.testing.assert_close(
+        value_and_grad(AsymmetricLossOptimized(*options), logits, targets), plain, rtol=0, atol=2e-8
+    )
+    if eps == 0.1:  # the same from the definition
+        p_m = (torch.sigmoid(logits) - clip).clamp(min=0)
+        b = targets * torch.sigmoid(-logits) + (1 - targets) * p_m
+        gamma = gammas[1] * targets + gammas[0] * (1 - targets)
+        unfocused = AsymmetricLoss(0, 0, clip, reduction="none")(logits, targets)
+        torch.testing.assert_close(plain[0], unfocused * b.clamp(min=0.1) ** gamma)
+
+
+@pytest.mark.parametrize("loss", MULTI_LABEL)
+@pytest.mark.parametrize("gamma", [0, 1e-3, 0.5, 1])
+@pytest.mark.parametrize("clip", [0, 0.05])
+@pytest.mark.parametrize("detached", [False, True])
+def test_without_eps_values_and_gradients_are_finite(loss, gamma, clip, detached):
+    logits = torch.tensor(
+        [-1e4, -103, -88, -40, -17, -3, math.log(0.05 / 0.95), 0, 17, 40, 88, 1e4]
+    )
+    logits = logits.expand(4, -1)
+    targets = torch.tensor([0, 1, 0.5, 1e-7])[:, None].expand(logits.shape)
+    loss = loss(gamma, gamma, clip, 0, detached, "none")
+    for rows in (slice(0, 2), slice(0, 4)):  # hard targets alone, and soft ones with them
+        value, grad = value_and_grad(loss, logits[rows], targets[rows])
+        assert value.isfinite().all()
+        assert grad.isfinite().all()
 
 
 @pytest.mark.parametrize("loss", MULTI_LABEL)
@@ -168,6 +225,50 @@ def test_special_cases_are_cross_entropy_and_focal_loss(loss, detached):
 def test_any_type_of_targets(loss, dtype):
     logits, targets = batch()
     torch.testing.assert_close(loss()(logits, targets.to(dtype)), loss()(logits, targets))
+    logits, targets = logits[:3, :12], targets[:3, :12].to(dtype)
+    expected = loss()(logits[1:], targets[1:].clone())
+    assert loss()(logits[1:], targets.contiguous()[1:]) == expected  # a slice of a larger tensor
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.int64, torch.float16])
+@pytest.mark.parametrize("mode", ["negative", "ignore", "ignore_normalize_classes", "selective"])
+def test_any_type_of_targets_that_are_all_annotated(mode, dtype):
+    logits, targets = batch()
+    expected = PartialSelectiveLoss(mode)(logits, targets)
+    assert PartialSelectiveLoss(mode)(logits, targets.to(dtype)) == expected
+
+
+@pytest.mark.parametrize("loss", [*MULTI_LABEL, PartialSelectiveLoss])
+@pytest.mark.parametrize("bad", [2, 255])
+def test_unsigned_targets_out_of_range_are_named(loss, bad):
+    logits, targets = batch()
+    targets[2, 3] = bad
+    with pytest.raises(ValueError, match=f"got {bad} \\(1 such"):
+        loss()(logits, targets.to(torch.uint8))
+
+
+@pytest.mark.parametrize("detached", [False, True])
+@pytest.mark.parametrize("clip", [0, 0.05])
+def test_soft_targets_may_need_a_gradient(clip, detached):
+    logits, targets = batch("soft", (4, 6), torch.float64)
+    pair = logits.requires_grad_(), targets.requires_grad_()
+    options = 2.5, 1, clip, 1e-8, detached, "none"
+    loss = AsymmetricLoss(*options)
+    if not detached:
+        assert torch.autograd.gradcheck(loss, pair)
+    else:  # the loss is then linear in the targets
+        (grad,) = torch.autograd.grad(loss(*pair).sum(), targets)
+        with torch.no_grad():
+            ones, zeros = torch.ones_like(targets), torch.zeros_like(targets)
+            unfocused = AsymmetricLoss(0, 0, clip, reduction="none")
+            weight = loss(*pair) / unfocused(*pair)
+            expected = weight * (unfocused(logits, ones) - unfocused(logits, zeros))
+        torch.testing.assert_close(grad, expected)
+    optimized = AsymmetricLossOptimized(*options)
+    with pytest.raises(RuntimeError, match="no gradient for targets: use AsymmetricLoss"):
+        optimized(*pair)
+    with torch.no_grad():
+        torch.testing.assert_close(optimized(*pair), loss(*pair))
 
 
 @pytest.mark.parametrize("loss", [*MULTI_LABEL, PartialSelectiveLoss])
@@ -239,6 +340,15 @@ def test_a_target_out_of_range_is_named(loss, bad, message, kind):
         check_targets(targets)
 
 
+@pytest.mark.parametrize("loss", MULTI_LABEL)
+def test_targets_out_of_range_are_counted_over_all_chunks(loss, monkeypatch):
+    monkeypatch.setattr("asl.losses_cpu.CHUNK", 50)
+    logits, targets = batch()
+    targets[0, 3] = targets[9, 9] = targets[15, 36] = 7
+    with pytest.raises(ValueError, match="got 7 \\(3 such"):
+        loss()(logits, targets)
+
+
 @pytest.mark.parametrize("bad", [2, 0.5, -0.5, math.nan])
 def test_a_partial_target_other_than_three_values_is_named(bad):
     logits, targets = batch("partial")
@@ -274,6 +384,29 @@ def test_where_reading_targets_would_wait_a_bad_one_makes_loss_and_gradient_nan(
     assert grad.isnan().any()
 
 
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        *[
+            (lambda loss=loss, d=detached, r=reduction: loss(4, 1, 0.05, 1e-8, d, r), kind)
+            for loss in MULTI_LABEL
+            for detached in (False, True)
+            for reduction in ("sum", "none")
+            for kind in ("hard", "soft", "empty")
+        ],
+        (PartialSelectiveLoss, "partial"),
+    ],
+)
+def test_on_an_accelerator_a_bad_target_makes_loss_and_gradient_nan(make, kind, monkeypatch):
+    monkeypatch.setattr("asl.losses._free_to_read", lambda targets: False)
+    monkeypatch.setattr("asl.losses._in_chunks", None)
+    logits, targets = batch(kind)
+    assert all(each.isfinite().all() for each in value_and_grad(make(), logits, targets))
+    for bad in (2, -2, math.nan, math.inf):
+        targets[5, 6] = bad
+        assert all(each.isnan().any() for each in value_and_grad(make(), logits, targets))
+
+
 PRIOR = torch.linspace(0, 0.2, 37)
 EVERY_LOSS = [
     *[(loss(reduction=reduction), "hard") for loss in MULTI_LABEL for reduction in ("sum", "none")],
@@ -294,11 +427,10 @@ def any_loss(request):
     return loss, logits, torch.arange(16) if kind == "index" else targets
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiles_as_one_graph(any_loss, backend):
+def test_compiles_as_one_graph(any_loss):
     loss, logits, targets = any_loss
     torch.compiler.reset()
-    compiled = torch.compile(loss, backend=backend, fullgraph=True)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     expected = value_and_grad(loss, logits, targets)
     actual = value_and_grad(compiled, logits, targets)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
@@ -359,16 +491,54 @@ def test_optimized_allows_a_second_backward_and_refuses_a_second_derivative():
         torch.autograd.grad(value, logits, create_graph=True)
 
 
-def test_optimized_keeps_a_single_tensor_of_its_own_for_backward():
-    logits, targets = batch()
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_optimized_holds_a_single_tensor_for_backward(kind):
+    logits, targets = batch(kind)
     saved = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
     with hooks:
         value = AsymmetricLossOptimized()(logits.requires_grad_(), targets)
-    assert all(kept is logits or kept is targets for kept in saved)
-    where = value.grad_fn.gradient.data_ptr()
+    (gradient,) = saved
     value.backward()
-    assert logits.grad.data_ptr() == where
+    assert torch.equal(gradient, logits.grad)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what PyTorch dispatches, views and allocations included."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.float32])
+@pytest.mark.parametrize("clip", [0, 0.05])
+@pytest.mark.parametrize("detached", [False, True])
+def test_optimized_dispatches_at_most_three_fifths_of_the_operations(dtype, clip, detached):
+    """Device "meta" takes the way of an accelerator: all that is not the CPU does."""
+    counts = []
+    for loss in MULTI_LABEL:
+        logits = torch.empty(8, 5, device="meta", requires_grad=True)
+        targets = torch.empty(8, 5, device="meta", dtype=dtype)
+        with Operations() as operations:
+            loss(clip=clip, disable_torch_grad_focal_loss=detached)(logits, targets).backward()
+        counts.append(operations.count)
+    plain, optimized = counts
+    assert optimized <= 0.6 * plain
+
+
+def test_on_a_cpu_optimized_takes_half_of_the_memory_of_the_transcription():
+    path = Path(__file__).parents[1] / "bench" / "losses.py"
+    spec = importlib.util.spec_from_file_location("bench_losses", path)
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    logits, targets = batch("sparse", (64, 9605))
+    logits.requires_grad_()
+    plain = bench.peak_mebibytes(bench.transcription, logits, targets)
+    optimized = bench.peak_mebibytes(AsymmetricLossOptimized(), logits, targets)
+    assert optimized < plain / 2
 
 
 @pytest.mark.parametrize("loss", [*MULTI_LABEL, PartialSelectiveLoss])
@@ -382,7 +552,27 @@ def test_an_empty_batch_costs_nothing(loss):
     ("make", "message"),
     [
         (lambda: AsymmetricLoss(reduction="max"), "unknown reduction 'max'"),
-        (lambda: AsymmetricLoss(gamma_neg=-1), "gammas must be at least 0, got -1"),
+        (lambda: AsymmetricLoss(gamma_neg=-1), "gamma_neg must be at least 0 .* got -1"),
+        (lambda: AsymmetricLoss(gamma_pos=math.inf), "gamma_pos must be .* finite, got inf"),
+        (lambda: AsymmetricLossOptimized(gamma_neg=math.nan), "gamma_neg must be .* got nan"),
+        (lambda: AsymmetricLoss(eps=-1e-8), "eps must be at least 0"),
+        (lambda: AsymmetricLoss(eps=math.nan), "eps must be .* got nan"),
+        (lambda: asymmetric_loss(*batch(), gamma_neg=math.nan), "gamma_neg must be .* got nan"),
+        (lambda: asymmetric_loss(*batch(), clip=-0.1), "clip must be .* got -0.1"),
+        (lambda: asymmetric_loss(*batch(), clip=1e-7), "clip must be .* got 1e-07"),
+        (lambda: asymmetric_loss(*batch(), clip=math.nan), "clip must be .* got nan"),
+        (lambda: ASLSingleLabel(gamma_pos=math.inf), "gamma_pos must be .* got inf"),
+        (lambda: ASLSingleLabel(gamma_neg=-2), "gamma_neg must be .* got -2"),
+        (lambda: ASLSingleLabel(eps=math.nan), "eps must be .* got nan"),
+        (lambda: ASLSingleLabel(reduction="max"), "unknown reduction 'max'"),
+        (lambda: PartialSelectiveLoss(gamma_pos=math.nan), "gamma_pos must be .* got nan"),
+        (lambda: PartialSelectiveLoss(gamma_neg=math.inf), "gamma_neg must be .* got inf"),
+        (lambda: PartialSelectiveLoss(gamma_unann=math.nan), "gamma_unann must be .* got nan"),
+        (lambda: PartialSelectiveLoss(alpha_pos=math.nan), "alpha_pos must be .* got nan"),
+        (lambda: PartialSelectiveLoss(alpha_neg=math.inf), "alpha_neg must be .* got inf"),
+        (lambda: PartialSelectiveLoss(alpha_unann=-1), "alpha_unann must be .* got -1"),
+        (lambda: PartialSelectiveLoss(clip=2), "clip must be .* got 2"),
+        (lambda: PartialSelectiveLoss(prior=torch.zeros(2, 3)), "prior must be a vector"),
         (lambda: AsymmetricLossOptimized(clip=1.5), "clip must be .* got 1.5"),
         (lambda: PartialSelectiveLoss("some"), "unknown mode 'some'"),
         (lambda: PartialSelectiveLoss(likelihood_topk=-1), "likelihood_topk"),
@@ -420,10 +610,61 @@ def test_selection_takes_the_first_of_equal_cells():
 def test_selection_spends_its_budget_on_classes_that_the_prior_left_out():
     logits = torch.tensor([[9.0, 8, 7, 6], [5, 4, 3, 2]])
     targets = torch.tensor([[-1, -1, -1, -1], [-1, 0, 1, -1]])
-    kept = selective(logits, targets, 1, prior=torch.tensor([0.9, 0, 0, 0]))
-    assert kept.tolist() == [[False, False, True, True], [False, True, True, True]]
+    counted = selective(logits, targets, 1, prior=torch.tensor([0.9, 0, 0, 0]))
+    assert counted.tolist() == [[False, False, True, True], [False, True, True, True]]
     assert selective(logits, targets, 0).all()
     assert selective(logits, targets, 9).equal(targets != -1)
+
+
+def test_a_class_as_frequent_as_the_threshold_is_assumed_absent():
+    prior = torch.tensor([0.5, math.nextafter(0.5, 1) + 1e-6])
+    unannotated = torch.full((1, 2), -1)
+    assert selective(torch.zeros(1, 2), unannotated, 0, prior).tolist() == [[True, False]]
+
+
+def test_selection_is_by_likelihood_among_unannotated_cells_alone():
+    logits = torch.tensor([[9.0, -9, 8, -8], [1, 2, 3, 4]])
+    targets = torch.tensor([[1, -1, 0, -1], [-1, -1, -1, -1]])
+    expected = [[True, True, True, True], [True, True, False, False]]
+    assert selective(logits, targets, 1).tolist() == expected
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_partial_loss_weighs_each_kind_by_its_own_gamma_and_alpha(clip):
+    logits, targets = batch("partial", dtype=torch.float64)
+    gammas, alphas = (0.3, 1.1, 2.7), (0.9, 0.6, 0.7)
+    loss = PartialSelectiveLoss("negative", *gammas, *alphas, clip=clip, reduction="none")
+    value, grad = value_and_grad(loss, logits, targets)
+    for kind, gamma, alpha in zip((1, 0, -1), gammas, alphas, strict=True):
+        alike = (targets == kind, torch.full_like(targets, float(kind == 1)))
+        plain = AsymmetricLoss(gamma, gamma, clip, reduction="none")
+        expected = value_and_grad(plain, logits, alike[1])
+        torch.testing.assert_close(value[alike[0]], alpha * expected[0][alike[0]])
+        torch.testing.assert_close(grad[alike[0]], alpha * expected[1][alike[0]])
+
+
+@pytest.mark.parametrize("mode", ["ignore", "ignore_normalize_classes"])
+def test_cells_that_are_not_annotated_count_nothing(mode):
+    logits, targets = batch("partial")
+    cells = PartialSelectiveLoss(mode, reduction="none")(logits, targets)
+    everything = PartialSelectiveLoss("negative", reduction="none")(logits, targets)
+    annotated = targets != -1
+    weight = 1 + 1 / (1 + annotated.sum(dim=1, keepdim=True)) if "normalize" in mode else 1
+    torch.testing.assert_close(cells, everything * annotated * weight)
+
+
+@pytest.mark.parametrize("eps", [0, 0.1])
+def test_single_label_formula(eps):
+    logits, _ = batch(dtype=torch.float64)
+    index = torch.arange(16)
+    p, y = logits.softmax(dim=1), torch.eye(37, dtype=torch.float64)[:16]
+    smoothed = y * (1 - eps) + eps / 37
+    expected = -smoothed * p.log() * torch.where(y == 1, (1 - p) ** 2, p**3)
+    cells = ASLSingleLabel(2, 3, eps, reduction="none")(logits, index)
+    torch.testing.assert_close(cells, expected.sum(dim=1))
+    for reduction in ("mean", "batchmean"):
+        loss = ASLSingleLabel(2, 3, eps, reduction)
+        torch.testing.assert_close(loss(logits, index), cells.mean())
 
 
 def test_prior_is_state_and_moves_with_the_module():
@@ -435,21 +676,49 @@ def test_prior_is_state_and_moves_with_the_module():
     assert not PartialSelectiveLoss().state_dict()
 
 
-def test_other_devices_take_the_same_code():
-    logits, targets = batch()
-    for loss in (AsymmetricLoss(), AsymmetricLossOptimized()):
-        value = loss(logits.to("meta").requires_grad_(), targets.to("meta"))
-        value.backward()  # a look at a value would raise here, as meta tensors have none
-        assert value.is_meta
-    partial = PartialSelectiveLoss(prior=PRIOR).to("meta")
-    assert partial(logits.to("meta"), targets.to("meta")).is_meta
+def on_device(device: str) -> tuple[Tensor, Tensor]:
+    return torch.empty(4, 37, device=device), torch.empty(4, 37, device=device, dtype=torch.int8)
+
+
+@pytest.mark.parametrize("kind", [*MULTI_LABEL, PartialSelectiveLoss])
+def test_no_loss_waits_for_the_device(kind):
+    """A look at a value raises on device "meta" and under FakeTensorMode: there are none."""
+    loss = kind().to("meta")
+    if kind is PartialSelectiveLoss:
+        loss.prior = PRIOR.to("meta")
+    logits, targets = on_device("meta")
+    value = loss(logits.requires_grad_(), targets)
+    value.backward()
+    assert value.is_meta
+    with FakeTensorMode():
+        logits, targets = on_device("cuda")
+        if kind is PartialSelectiveLoss:
+            loss.prior = torch.empty(37, device="cuda")
+        assert loss(logits, targets).is_cuda
 
 
 def test_works_when_the_file_is_copied_alone(tmp_path):
-    import runpy
-
-    import asl.losses
-
-    copy = tmp_path / "copied.py"
-    copy.write_text(Path(asl.losses.__file__).read_text())
-    assert runpy.run_path(str(copy))["AsymmetricLoss"]()(*batch()) > 0
+    """In a process that has nothing of this project, with the same results."""
+    (tmp_path / "copied.py").write_text(Path(asl.losses.__file__).read_text())
+    torch.save([batch(kind) for kind in ("hard", "soft", "partial")], tmp_path / "batches.pt")
+    (tmp_path / "use.py").write_text(
+        "import sys\n"
+        "import torch\n"
+        "import copied\n"
+        "results = []\n"
+        "for logits, targets in torch.load('batches.pt')[:2]:\n"
+        "    leaf = logits.requires_grad_()\n"
+        "    value = copied.AsymmetricLossOptimized()(leaf, targets)\n"
+        "    results.append((value.detach(), *torch.autograd.grad(value, leaf)))\n"
+        "partial = copied.PartialSelectiveLoss()(*torch.load('batches.pt')[2])\n"
+        "single = copied.ASLSingleLabel()(torch.zeros(2, 3), torch.tensor([0, 2]))\n"
+        "assert 'asl' not in sys.modules\n"
+        "torch.save([*results, (partial,), (single,)], 'results.pt')\n"
+    )
+    subprocess.run([sys.executable, "use.py"], cwd=tmp_path, check=True, env={"PYTHONPATH": ""})
+    hard, soft, partial, single = torch.load(tmp_path / "results.pt")
+    torch.testing.assert_close(hard, value_and_grad(AsymmetricLossOptimized(), *batch("hard")))
+    torch.testing.assert_close(soft, value_and_grad(AsymmetricLossOptimized(), *batch("soft")))
+    torch.testing.assert_close(partial[0], PartialSelectiveLoss()(*batch("partial")))
+    indices = torch.tensor([0, 2])
+    torch.testing.assert_close(single[0], ASLSingleLabel()(torch.zeros(2, 3), indices))

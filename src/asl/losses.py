@@ -18,6 +18,8 @@ accelerator, and in a compiled or exported graph, looking at the values would ma
 for the device. There one such target turns the loss and its gradients into NaN instead: it cannot
 pass unnoticed, and costs one small reduction. Whoever reads a NaN then calls `check_targets`, to
 learn whether the targets are to blame and which value it is.
+
+This file needs PyTorch alone: copy it into another project, and it works there.
 """
 
 from __future__ import annotations
@@ -26,13 +28,19 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid, softshrink
+from torch.nn.functional import logsigmoid, softshrink, threshold
+
+try:
+    # The same results, quicker on CPUs. Where this file was copied alone, it does without.
+    from .losses_cpu import loss_and_gradient as _in_chunks
+except ImportError:
+    _in_chunks = None  # type: ignore[assignment]
 
 Reduction = Literal["sum", "mean", "batchmean", "none"]
 PartialMode = Literal["negative", "ignore", "ignore_normalize_classes", "selective"]
 
-# Cells worked on at a time: enough to feed all threads, few enough that the buffers stay in cache.
-_CPU_CHUNK = 1 << 18
+# The least floor of b: with it b ** (gamma - 1) is finite in float32 for every gamma.
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def asymmetric_loss(
@@ -69,17 +77,33 @@ def asymmetric_loss(
         ValueError: For an option or shape that makes no sense; on the CPU for a target outside
             [0, 1].
     """
-    clip = _check_options(clip, reduction, gamma_neg, gamma_pos)
+    _check_options(reduction, clip, eps, gamma_neg=gamma_neg, gamma_pos=gamma_pos)
     logits = _check_logits(logits, targets)
-    one_or_nan = _one_or_nan(targets)
+    one = _or_nan(1.0, targets)
     y = targets.to(logits.dtype)
     gamma = gamma_pos * y + gamma_neg * (1 - y)
-    loss = _focused_nll(logits, y, gamma, clip, eps, disable_torch_grad_focal_loss)
-    return _reduce(loss, reduction) * one_or_nan
+    loss = _focused_nll(logits, y, gamma, clip or 0.0, eps, disable_torch_grad_focal_loss)
+    return _reduce(loss, reduction) * one
+
+
+def _focused_nll(
+    x: Tensor, y: Tensor, gamma: Tensor, clip: float, eps: float, detached: bool
+) -> Tensor:
+    """-(y log p + (1 - y) log q) b ** gamma per cell: the formula that both papers share."""
+    p_m = (torch.sigmoid(x) - clip).clamp(min=0)
+    log_q = torch.log1p(-p_m) if clip else logsigmoid(-x)
+    b = y * torch.sigmoid(-x) + (1 - y) * p_m
+    weight = b.clamp(min=max(eps, _TINY)) ** gamma
+    if detached:
+        weight = weight.detach()
+    return -(y * logsigmoid(x) + (1 - y) * log_q) * weight
 
 
 class AsymmetricLoss(nn.Module):
-    """`asymmetric_loss` as a module, with the official signature."""
+    """`asymmetric_loss` as a module, with the official signature.
+
+    Differentiable in logits and soft targets, and more than once.
+    """
 
     def __init__(
         self,
@@ -91,7 +115,7 @@ class AsymmetricLoss(nn.Module):
         reduction: Reduction = "sum",
     ) -> None:
         super().__init__()
-        _check_options(clip, reduction, gamma_neg, gamma_pos)
+        _check_options(reduction, clip, eps, gamma_neg=gamma_neg, gamma_pos=gamma_pos)
         self.gamma_neg = gamma_neg
         self.gamma_pos = gamma_pos
         self.clip = clip
@@ -101,26 +125,22 @@ class AsymmetricLoss(nn.Module):
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """See `asymmetric_loss`."""
-        return asymmetric_loss(
-            logits,
-            targets,
-            self.gamma_neg,
-            self.gamma_pos,
-            self.clip,
-            self.eps,
-            self.disable_torch_grad_focal_loss,
-            self.reduction,
-        )
+        return asymmetric_loss(logits, targets, *self._formula_options(), self.reduction)
+
+    def _formula_options(self) -> tuple[float, float, float, float, bool]:
+        detached = self.disable_torch_grad_focal_loss
+        return self.gamma_neg, self.gamma_pos, self.clip or 0.0, self.eps, detached
 
 
 class AsymmetricLossOptimized(AsymmetricLoss):
-    """`AsymmetricLoss`, several times faster, with a single tensor kept for the backward pass.
+    """`AsymmetricLoss` with a gradient derived by hand, computed together with the loss.
 
-    The gradient is derived by hand and computed together with the loss. It is therefore
-    differentiable once (``create_graph=True`` raises RuntimeError), and in the logits only. In a
-    compiled or exported graph this is `AsymmetricLoss`, which the compiler fuses by itself. As in
-    the official code, and unlike `AsymmetricLoss`, the gradient by default includes that of the
-    focusing weight.
+    It keeps one tensor for the backward pass, the gradient. TODO
+
+    It is differentiable once (``create_graph=True`` raises RuntimeError), and in the logits only
+    (targets that require a gradient raise RuntimeError). In a compiled or exported graph this is
+    `AsymmetricLoss`, which the compiler fuses by itself. As in the official code, and unlike
+    `AsymmetricLoss`, the gradient by default includes that of the focusing weight.
     """
 
     def __init__(
@@ -138,23 +158,88 @@ class AsymmetricLossOptimized(AsymmetricLoss):
         """See `asymmetric_loss`."""
         if torch.compiler.is_compiling():
             return super().forward(logits, targets)
+        if targets.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "AsymmetricLossOptimized has no gradient for targets: use AsymmetricLoss"
+            )
         logits = _check_logits(logits, targets)
-        loss: Tensor = _SinglePass.apply(
-            logits,
-            targets,
-            (
-                self.gamma_neg,
-                self.gamma_pos,
-                self.clip or 0.0,
-                self.eps,
-                self.disable_torch_grad_focal_loss,
-            ),
-            self.reduction != "none",
-            torch.is_grad_enabled() and logits.requires_grad,
-        )
-        loss = _reduce(loss, self.reduction, logits.shape)
-        # on the CPU the single pass has looked at the targets
-        return loss if loss.device.type == "cpu" else loss * _one_or_nan(targets)
+        options = (*self._formula_options(), _or_nan(-1.0, targets))
+        loss: Tensor = _LossAndGradient.apply(logits, targets, options, self.reduction != "none")
+        return _reduce(loss, self.reduction, logits.shape)
+
+
+class _LossAndGradient(torch.autograd.Function):
+    """The loss, per cell or ``summed``; its gradient is ready when `backward` is called."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, options: tuple[Any, ...], summed: bool
+    ) -> Tensor:
+        if _in_chunks is not None and logits.device.type == "cpu":
+            loss, gradient = _in_chunks(_loss_and_gradient, logits, targets, options, summed)
+        else:
+            loss, gradient = _loss_and_gradient(logits, targets, *options)
+            loss = loss.sum() if summed else loss
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        # once_differentiable would take the gradient for a constant here, and say nothing.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "AsymmetricLossOptimized has no second derivative: use AsymmetricLoss"
+            )
+        (gradient,) = ctx.saved_tensors
+        return grad_output * gradient, None, None, None
+
+
+def _loss_and_gradient(
+    x: Tensor,
+    targets: Tensor,
+    gamma_neg: float,
+    gamma_pos: float,
+    clip: float,
+    eps: float,
+    detached: bool,
+    minus_one: Tensor | float,
+) -> tuple[Tensor, Tensor]:
+    """`_focused_nll` and its derivative by x, with as few operations as possible.
+
+    lerp(c, a, y) is y a + (1 - y) c. With d for d/dx, and [p > m] for 1 where that holds, else 0:
+
+        L         = -likelihood b ** gamma             likelihood = y log p + (1 - y) log q
+        dL        = -b ** gamma d likelihood + L gamma db / b             (the product rule)
+        d log p   = 1 - p
+        d log q   = -dp_m / q                          without a margin this is -p
+        dp_m      = p (1 - p) [p > m]
+        db        = (1 - y) dp_m - y p (1 - p)
+
+    ``minus_one`` is NaN where a target is out of range, and so are then the loss and its gradient.
+    """
+    y = targets.to(x.dtype)
+    minus_x = -x
+    p, not_p = torch.sigmoid(x), torch.sigmoid(minus_x)
+    if clip:
+        p_m = softshrink(p, clip)  # p - clip, and 0 up to clip
+        log_q = torch.log1p(-p_m)
+        dp_m = threshold(p, clip, 0) * not_p
+        dlog_q = dp_m / (p_m - 1)
+    else:
+        p_m, log_q = p, logsigmoid(minus_x)
+        dp_m, dlog_q = p * not_p, -p
+    likelihood = torch.lerp(log_q, logsigmoid(x), y)
+    b = torch.lerp(p_m, not_p, y)
+    gamma = gamma_neg + (gamma_pos - gamma_neg) * y
+    floor = max(eps, _TINY)
+    minus_weight = b.clamp(min=floor) ** gamma * minus_one
+    loss = minus_weight * likelihood
+    gradient = minus_weight * torch.lerp(dlog_q, not_p, y)
+    if not detached:
+        db = torch.lerp(dp_m, -p * not_p, y)
+        # Up to the floor the weight is constant: divided by infinity, its slope is 0.
+        gradient.addcmul_(gamma * loss / threshold(b, floor, torch.inf), db)
+    return loss, gradient
 
 
 class ASLSingleLabel(nn.Module):
@@ -174,7 +259,7 @@ class ASLSingleLabel(nn.Module):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        _check_options(None, reduction, gamma_pos, gamma_neg)
+        _check_options(reduction, eps=eps, gamma_pos=gamma_pos, gamma_neg=gamma_neg)
         self.gamma_pos = gamma_pos
         self.gamma_neg = gamma_neg
         self.eps = eps
@@ -193,7 +278,7 @@ class ASLSingleLabel(nn.Module):
         if class_index.is_floating_point() or class_index.dtype == torch.bool:
             raise ValueError(f"class indices must be integers, got {class_index.dtype}")
         num_classes = logits.shape[1]
-        one_or_nan = _one_or_nan(class_index, 0, num_classes - 1)
+        one = _or_nan(1.0, class_index, 0, num_classes - 1)
         log_p = _at_least_float32(logits).log_softmax(dim=1)
         # A comparison and not a scatter: an index out of range must not abort the device.
         y = (class_index[:, None] == torch.arange(num_classes, device=logits.device)).to(log_p)
@@ -202,7 +287,7 @@ class ASLSingleLabel(nn.Module):
         weight = b.clamp(min=1e-8) ** (self.gamma_pos * y + self.gamma_neg * (1 - y))
         smoothed = y * (1 - self.eps) + self.eps / num_classes
         loss = -(smoothed * weight * log_p).sum(dim=1)
-        return _reduce(loss, self.reduction) * one_or_nan
+        return _reduce(loss, self.reduction) * one
 
 
 class PartialSelectiveLoss(nn.Module):
@@ -251,7 +336,9 @@ class PartialSelectiveLoss(nn.Module):
         reduction: Reduction = "sum",
     ) -> None:
         super().__init__()
-        self.clip = _check_options(clip, reduction, gamma_pos, gamma_neg, gamma_unann)
+        gammas = {"gamma_pos": gamma_pos, "gamma_neg": gamma_neg, "gamma_unann": gamma_unann}
+        alphas = {"alpha_pos": alpha_pos, "alpha_neg": alpha_neg, "alpha_unann": alpha_unann}
+        _check_options(reduction, clip, **gammas, **alphas)
         if mode not in ("negative", "ignore", "ignore_normalize_classes", "selective"):
             raise ValueError(
                 f"unknown mode {mode!r}: negative, ignore, ignore_normalize_classes or selective"
@@ -267,6 +354,7 @@ class PartialSelectiveLoss(nn.Module):
         self.alpha_pos = alpha_pos
         self.alpha_neg = alpha_neg
         self.alpha_unann = alpha_unann
+        self.clip = clip
         self.likelihood_topk = likelihood_topk
         self.prior_threshold = prior_threshold
         self.reduction = reduction
@@ -279,130 +367,28 @@ class PartialSelectiveLoss(nn.Module):
             raise ValueError(
                 f"the prior has {len(self.prior)} classes, the logits {logits.shape[-1]}"
             )
-        one_or_nan = _one_or_nan(targets, -1, 1)
-        present, unannotated = targets == 1, targets == -1
-
-        def by_kind(pos: float, neg: float, unann: float) -> Tensor:
-            absent_or_unannotated = torch.where(unannotated, unann, neg)
-            return torch.where(present, pos, absent_or_unannotated).to(logits.dtype)
-
-        gamma = by_kind(self.gamma_pos, self.gamma_neg, self.gamma_unann)
-        alpha = by_kind(self.alpha_pos, self.alpha_neg, self.alpha_unann)
-        nll = _focused_nll(logits, present.to(logits.dtype), gamma, self.clip, 0.0, detached=True)
-        loss = nll * alpha * self._cell_weights(logits.detach(), unannotated)
-        return _reduce(loss, self.reduction) * one_or_nan
+        one = _or_nan(1.0, targets, -1, 1)
+        unannotated = targets == -1
+        y_pos, y_unann = (targets == 1).to(logits.dtype), unannotated.to(logits.dtype)
+        y_neg = 1 - y_pos - y_unann
+        gamma = self.gamma_pos * y_pos + self.gamma_neg * y_neg + self.gamma_unann * y_unann
+        alpha = self.alpha_pos * y_pos + self.alpha_neg * y_neg + self.alpha_unann * y_unann
+        nll = _focused_nll(logits, y_pos, gamma, self.clip or 0.0, eps=0.0, detached=True)
+        loss = alpha * nll * self._cell_weights(logits.detach(), unannotated)
+        return _reduce(loss, self.reduction) * one
 
     def _cell_weights(self, logits: Tensor, unannotated: Tensor) -> Tensor | float:
         if self.mode == "negative":
             return 1.0
+        if self.mode == "selective":
+            left_out = _most_likely(logits, unannotated, self.likelihood_topk * logits.shape[0])
+            if self.prior is not None:
+                left_out = left_out | (unannotated & (self.prior > self.prior_threshold))
+            return (~left_out).to(logits.dtype)
+        annotated = (~unannotated).to(logits.dtype)
         if self.mode == "ignore":
-            return (~unannotated).to(logits.dtype)
-        if self.mode == "ignore_normalize_classes":
-            annotated = (~unannotated).to(logits.dtype)
-            return annotated * (1 + 1 / (1 + annotated.sum(dim=-1, keepdim=True)))
-        left_out = _most_likely(logits, unannotated, self.likelihood_topk * logits.shape[0])
-        if self.prior is not None:
-            left_out = left_out | (unannotated & (self.prior > self.prior_threshold))
-        return (~left_out).to(logits.dtype)
-
-
-def check_targets(targets: Tensor, partial: bool = False) -> None:
-    """Raise ValueError naming the first target not in [0, 1], or if ``partial`` not 1, 0 or -1.
-
-    Reads the values, so it waits for the device. The losses call it themselves on the CPU.
-    """
-    _check_range(targets, -1 if partial else 0, 1)
-
-
-def _check_range(targets: Tensor, low: int, high: int) -> None:
-    if bool(_inside(targets, low, high)):
-        return
-    outside = (targets < low) | (targets > high) | targets.isnan()
-    if low == -1:
-        outside |= targets != targets.round()
-    value, count = targets[outside][0].item(), int(outside.sum())
-    allowed = "exactly 1, 0 or -1" if low == -1 else f"in [{low}, {high}]"
-    advice = "; for -1, not annotated, use PartialSelectiveLoss" if (low, value) == (0, -1) else ""
-    raise ValueError(f"targets must be {allowed}, got {value:g} ({count} such cells){advice}")
-
-
-def _inside(targets: Tensor, low: int, high: int) -> Tensor:
-    """Scalar bool: is every target in range. NaN is not."""
-    if targets.numel() == 0:
-        return torch.ones((), dtype=torch.bool, device=targets.device)
-    smallest, largest = targets.aminmax()
-    inside = (smallest >= low) & (largest <= high)
-    if low == -1 and targets.is_floating_point():  # partial targets: whole numbers
-        inside = inside & (targets == targets.round()).all()
-    return inside
-
-
-def _one_or_nan(targets: Tensor, low: int = 0, high: int = 1) -> Tensor | float:
-    """1, or for targets out of range NaN; on the CPU an error instead. See the module docstring."""
-    if targets.dtype == torch.bool:
-        return 1.0
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_range(targets, low, high)
-        return 1.0
-    return torch.where(_inside(targets, low, high), 1.0, torch.nan)
-
-
-def _check_options(clip: float | None, reduction: str, *gammas: float) -> float:
-    """The margin as a number. Below 1e-6 it would be lost in float32, and log q with it."""
-    if min(gammas) < 0:
-        raise ValueError(f"gammas must be at least 0, got {min(gammas)}")
-    if clip and not 1e-6 <= clip < 1:
-        raise ValueError(f"clip must be 0 or None, or in [1e-6, 1), got {clip}")
-    if reduction not in ("sum", "mean", "batchmean", "none"):
-        raise ValueError(f"unknown reduction {reduction!r}: sum, mean, batchmean or none")
-    return clip or 0.0
-
-
-def _check_logits(logits: Tensor, targets: Tensor) -> Tensor:
-    """The logits in the type to compute in."""
-    if logits.shape != targets.shape:
-        raise ValueError(
-            "logits and targets must have the same shape, "
-            f"got {tuple(logits.shape)} and {tuple(targets.shape)}"
-        )
-    return _at_least_float32(logits)
-
-
-def _at_least_float32(logits: Tensor) -> Tensor:
-    if not logits.is_floating_point():
-        raise ValueError(f"logits must be floating point, got {logits.dtype}")
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _reduce(loss: Tensor, reduction: str, shape: torch.Size | None = None) -> Tensor:
-    """Reduce a loss per cell, or, given their ``shape``, one already summed over the cells."""
-    if reduction == "none":
-        return loss
-    if shape is None:
-        loss, shape = loss.sum(), loss.shape
-    if reduction == "sum":
-        return loss
-    return loss / (shape.numel() if reduction == "mean" else shape[0])
-
-
-def _focused_nll(
-    logits: Tensor, y: Tensor, gamma: Tensor, clip: float, eps: float, detached: bool
-) -> Tensor:
-    """-(y log p + (1 - y) log q) b ** gamma per cell: the formula that both papers share."""
-    log_p, log_q, p_m = _probabilities(logits, clip)
-    b = y * torch.sigmoid(-logits) + (1 - y) * p_m
-    if detached:
-        b = b.detach()
-    return -(y * log_p + (1 - y) * log_q) * b.clamp(min=eps) ** gamma
-
-
-def _probabilities(logits: Tensor, clip: float) -> tuple[Tensor, Tensor, Tensor]:
-    """log p, log q and p_m."""
-    p = torch.sigmoid(logits)
-    if not clip:
-        return logsigmoid(logits), logsigmoid(-logits), p
-    p_m = (p - clip).clamp(min=0)
-    return logsigmoid(logits), torch.log1p(-p_m), p_m
+            return annotated
+        return annotated * (1 + 1 / (1 + annotated.sum(dim=-1, keepdim=True)))
 
 
 def _most_likely(logits: Tensor, unannotated: Tensor, count: int) -> Tensor:
@@ -420,166 +406,92 @@ def _most_likely(logits: Tensor, unannotated: Tensor, count: int) -> Tensor:
     return chosen.view_as(unannotated) & unannotated
 
 
-class _SinglePass(torch.autograd.Function):
-    """Loss and gradient at once; `backward` scales the gradient in place and hands it over.
+def check_targets(targets: Tensor, partial: bool = False) -> None:
+    """Raise ValueError naming the first target not in [0, 1], or if ``partial`` not 1, 0 or -1.
 
-    So no second tensor of that size is ever made. A second backward, after one with retain_graph,
-    computes the gradient anew.
+    Reads the values, so it waits for the device. The losses call it themselves on the CPU.
     """
+    _check_range(targets, -1 if partial else 0, 1)
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        targets: Tensor,
-        parameters: tuple[float, float, float, float, bool],
-        summed: bool,
-        with_gradient: bool,
-    ) -> Tensor:
-        loss, ctx.gradient = _loss_and_gradient(logits, targets, parameters, summed, with_gradient)
-        if with_gradient:
-            ctx.save_for_backward(logits, targets)
-            ctx.parameters, ctx.summed = parameters, summed
+
+def _check_range(targets: Tensor, low: int, high: int) -> None:
+    if bool(_inside(targets, low, high)):
+        return
+    values = targets.double().flatten()
+    outside = ~((values >= low) & (values <= high))
+    if low == -1:
+        outside |= values != values.round()
+    value, count = values[outside][0].item(), int(outside.sum())
+    allowed = "exactly 1, 0 or -1" if low == -1 else f"in [{low}, {high}]"
+    advice = "; for -1, not annotated, use PartialSelectiveLoss" if (low, value) == (0, -1) else ""
+    raise ValueError(f"targets must be {allowed}, got {value:g} ({count} such cells){advice}")
+
+
+def _inside(targets: Tensor, low: int, high: int) -> Tensor:
+    """Scalar bool: is every target in range. NaN is not."""
+    if targets.numel() == 0:
+        return torch.ones((), dtype=torch.bool, device=targets.device)
+    smallest, largest = targets.aminmax()
+    if not targets.dtype.is_signed:  # as an unsigned number, -1 would be the largest of all
+        return largest <= high
+    inside = (smallest >= low) & (largest <= high)
+    if low == -1 and targets.is_floating_point():  # partial targets: whole numbers
+        inside = inside & (targets == targets.round()).all()
+    return inside
+
+
+def _or_nan(number: float, targets: Tensor, low: int = 0, high: int = 1) -> Tensor | float:
+    """The number; NaN where a target is out of range, on the CPU an error (module docstring)."""
+    if targets.dtype == torch.bool:
+        return number
+    if _free_to_read(targets):
+        _check_range(targets, low, high)
+        return number
+    return torch.where(_inside(targets, low, high), number, torch.nan)
+
+
+def _free_to_read(targets: Tensor) -> bool:
+    return targets.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_options(
+    reduction: str, clip: float | None = None, eps: float = 0.0, **factors: float
+) -> None:
+    """A margin below 1e-6 would be lost in float32, and log q with it.
+
+    A factor, gamma or alpha, that is a tensor is not looked at: that would wait for the device.
+    """
+    for name, factor in {**factors, "eps": eps}.items():
+        if not isinstance(factor, Tensor) and not 0 <= factor < torch.inf:
+            raise ValueError(f"{name} must be at least 0 and finite, got {factor}")
+    if clip and not 1e-6 <= clip < 1:
+        raise ValueError(f"clip must be 0 or None, or in [1e-6, 1), got {clip}")
+    if reduction not in ("sum", "mean", "batchmean", "none"):
+        raise ValueError(f"unknown reduction {reduction!r}: sum, mean, batchmean or none")
+
+
+def _check_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """The logits in the type to compute in."""
+    if logits.shape != targets.shape:
+        raise ValueError(
+            "logits and targets must have the same shape, "
+            f"got {tuple(logits.shape)} and {tuple(targets.shape)}"
+        )
+    return _at_least_float32(logits)
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    if not logits.is_floating_point():
+        raise ValueError(f"logits must be floating point, got {logits.dtype}")
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _reduce(loss: Tensor, reduction: str, shape: torch.Size | None = None) -> Tensor:
+    """Reduce a loss per cell, or, given their ``shape``, one already summed over the cells."""
+    if reduction == "none":
         return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        # once_differentiable would take the gradient for a constant here, and say nothing.
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "AsymmetricLossOptimized has no second derivative: use AsymmetricLoss"
-            )
-        gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None:
-            logits, targets = ctx.saved_tensors
-            _, gradient = _loss_and_gradient(logits, targets, ctx.parameters, ctx.summed, True)
-            assert gradient is not None
-        return gradient.mul_(grad_output), None, None, None, None
-
-
-def _loss_and_gradient(
-    logits: Tensor,
-    targets: Tensor,
-    parameters: tuple[float, float, float, float, bool],
-    summed: bool,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
-    x, y = logits.flatten(), targets.flatten()
-    gradient = torch.empty_like(x) if with_gradient else None
-    on_cpu = x.device.type == "cpu"
-    chunk = _CPU_CHUNK if on_cpu else max(1, x.numel())
-    parts = []
-    for start in range(0, max(1, x.numel()), chunk):
-        cells = slice(start, start + chunk)
-        out = None if gradient is None else gradient[cells]
-        positives = _positives(y[cells]) if on_cpu else None
-        if positives is None:
-            part = _soft_cells(x[cells], y[cells], out, *parameters)
-        else:
-            part = _hard_cells(x[cells], positives, out, *parameters)
-        parts.append(part.sum() if summed else part)
-    minus_loss = torch.stack(parts).sum() if summed else torch.cat(parts).view(logits.shape)
-    return -minus_loss, None if gradient is None else gradient.view(logits.shape)
-
-
-def _soft_cells(
-    x: Tensor,
-    y: Tensor,
-    gradient: Tensor | None,
-    gamma_neg: float,
-    gamma_pos: float,
-    clip: float,
-    eps: float,
-    detached: bool,
-) -> Tensor:
-    """Minus the loss of each cell. Fills in the gradient, by the product rule; d... is d / dx."""
-    y = y.to(x.dtype)
-    log_p, log_q, p_m = _probabilities(x, clip)
-    p, not_p, not_y = torch.sigmoid(x), torch.sigmoid(-x), 1 - y
-    gamma = gamma_pos * y + gamma_neg * not_y
-    b = y * not_p + not_y * p_m
-    base = b.clamp(min=eps)
-    weight = base**gamma
-    log_likelihood = y * log_p + not_y * log_q
-    if gradient is None:
-        return weight * log_likelihood
-    dp = p * (1 - p)  # rounded as autograd rounds it
-    dp_m = dp * (p > clip)
-    dlog_q = -dp_m / (1 - p_m) if clip else -p
-    torch.mul(weight, -(y * not_p + not_y * dlog_q), out=gradient)
-    if not detached:
-        db = (not_y * dp_m - y * dp) * (b >= eps)
-        gradient -= gamma * weight / base * db * log_likelihood
-    return weight * log_likelihood
-
-
-def _hard_cells(
-    x: Tensor,
-    positives: Tensor,
-    gradient: Tensor | None,
-    gamma_neg: float,
-    gamma_pos: float,
-    clip: float,
-    eps: float,
-    detached: bool,
-) -> Tensor:
-    """`_soft_cells` for y in {0, 1}, few of them 1: takes half the time or less."""
-    minus_loss = _negative_cells(x, gradient, gamma_neg, clip, eps, detached)
-    mirrored = -x[positives]  # a positive is a negative at -x, without margin
-    slope = None if gradient is None else torch.empty_like(mirrored)
-    minus_loss[positives] = _negative_cells(mirrored, slope, gamma_pos, 0, eps, detached)
-    if gradient is not None and slope is not None:
-        gradient[positives] = slope.neg_()
-    return minus_loss
-
-
-def _negative_cells(
-    x: Tensor,
-    gradient: Tensor | None,
-    gamma: float,
-    clip: float,
-    eps: float,
-    detached: bool,
-) -> Tensor:
-    """`_soft_cells` for y = 0: b is p_m, gamma one number. Passes over memory are the cost."""
-    p = torch.sigmoid(x)
-    p_m = softshrink(p, clip) if clip else p  # p - clip, and 0 below clip
-    base = p_m if gamma >= 1 else p_m.clamp(min=eps)
-    slope = base ** (gamma - 1)  # PyTorch multiplies up to exponent 3, so gamma 4 is quick too
-    log_q = torch.neg(p_m).log1p_() if clip else logsigmoid(-x)
-    if gradient is not None:
-        focus = 0 if detached else gamma
-        if clip:  # p (1 - p) slope (base / q - gamma log q)
-            torch.div(base, torch.sub(1, p_m, out=gradient), out=gradient)
-            if focus:
-                gradient.sub_(log_q, alpha=focus)
-            gradient.mul_(slope)
-            if gamma < 1:
-                gradient.mul_(p > clip)
-            torch.ops.aten.sigmoid_backward.grad_input(gradient, p, grad_input=gradient)
-        else:  # the same with q = 1 - p
-            torch.addcmul(base, log_q, 1 - p, value=-focus, out=gradient).mul_(slope).mul_(p)
-    return log_q.mul_(slope).mul_(base)
-
-
-def _positives(targets: Tensor) -> Tensor | None:
-    """Flat indices of the ones among hard targets on the CPU, None for soft targets.
-
-    Targets out of range raise ValueError; zeros are in range, so only the others need a look.
-    """
-    targets = targets.flatten()
-    present = targets.bool()
-    cells = None
-    if len(present) % 8 == 0:
-        # `nonzero` visits cells one by one: where few are present, visit octets of cells first.
-        octets = present.view(torch.int64).nonzero()
-        if 64 * len(octets) < len(present):
-            cells = (8 * octets + torch.arange(8)).flatten()
-            cells = cells[present[cells]]
-    if cells is None:
-        cells = present.nonzero().flatten()
-    values = targets[cells]
-    if bool((values == 1).all()):
-        return cells
-    check_targets(values)
-    return None
+    if shape is None:
+        loss, shape = loss.sum(), loss.shape
+    if reduction == "sum":
+        return loss
+    return loss / (shape.numel() if reduction == "mean" else shape[0])
