@@ -35,7 +35,11 @@ class Settings(BaseModel):
 
     # The command line and YAML write numbers where a name is meant: `--train-split 2014`.
     model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,
+        use_attribute_docstrings=True,
     )
 
     def __init__(self, /, **values: Any) -> None:

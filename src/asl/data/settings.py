@@ -14,54 +14,39 @@ Difficult = Literal["present", "absent", "ignore"]
 class DataSettings(Settings):
     """Which images there are and how they are split. None stands for the reader's own default."""
 
-    data: Annotated[str, tyro.conf.Positional] = Field("", description="folder of the data set")
-    dataset: Dataset = Field("coco", description="its layout (DATASETS.md)")
-    train_split: str = Field(
-        "", description="split to train on; empty: the usual one of the data set"
-    )
-    val_split: str = Field(
-        "", description="split to validate on; empty: the usual one of the data set"
-    )
-    all_images: bool = Field(False, description="coco: also the images without any annotation")
-    val_difficult: Difficult | None = Field(
-        None,
-        description="voc: what objects marked difficult are in validation; default: ignore",
-    )
-    class_list: OptionalStr = Field(
-        None, description="openimages: file of the class ids; default: the trainable ones"
-    )
-    val_share: OptionalFloat = Field(
-        None,
-        gt=0,
-        le=0.99,
-        description="table: share of the images to validate on, if it has no splits; default: 0.2",
-    )
-    split_seed: OptionalInt = Field(
-        None, ge=0, description="table: which images those are; default: 0"
-    )
-    image_folder: OptionalStr = Field(
-        None, description="folder of the images, from DATA; default: that of the layout"
-    )
-    missing_images: Literal["error", "skip"] = Field(
-        "error", description="listed images whose file is not there: stop, or leave them out"
-    )
+    data: Annotated[str, tyro.conf.Positional] = ""
+    """folder of the data set"""
+    dataset: Dataset = "coco"
+    """its layout (DATASETS.md)"""
+    train_split: str = ""
+    """split to train on; empty: the usual one of the data set"""
+    val_split: str = ""
+    """split to validate on; empty: the usual one of the data set"""
+    all_images: bool = False
+    """coco: also the images without any annotation"""
+    val_difficult: Difficult | None = None
+    """voc: what objects marked difficult are in validation; default: ignore"""
+    class_list: OptionalStr = None
+    """openimages: file of the class ids; default: the trainable ones"""
+    val_share: Annotated[OptionalFloat, Field(gt=0, le=0.99)] = None
+    """table: share of the images to validate on, if it has no splits; default: 0.2"""
+    split_seed: Annotated[OptionalInt, Field(ge=0)] = None
+    """table: which images those are; default: 0"""
+    image_folder: OptionalStr = None
+    """folder of the images, from DATA; default: that of the layout"""
+    missing_images: Literal["error", "skip"] = "error"
+    """listed images whose file is not there: stop, or leave them out"""
 
 
 class LabelSettings(Settings):
     """What the labels are that a model is trained on."""
 
-    train_difficult: Difficult | None = Field(
-        None, description="voc: what objects marked difficult are in training; default: present"
-    )
-    machine_generated: OptionalFloat = Field(
-        None,
-        ge=0,
-        le=1,
-        description="openimages: train also on the machine's labels of at least this confidence",
-    )
-    simulate_partial: OptionalStr = Field(
-        None,
-        description="hide training labels: fpc:N keeps N positives and negatives per class, rps:P "
-        "hides a cell with probability P",
-    )
-    partial_seed: int = Field(0, ge=0, description="which labels are hidden, whatever --seed is")
+    train_difficult: Difficult | None = None
+    """voc: what objects marked difficult are in training; default: present"""
+    machine_generated: Annotated[OptionalFloat, Field(ge=0, le=1)] = None
+    """openimages: train also on the machine's labels of at least this confidence"""
+    simulate_partial: OptionalStr = None
+    """hide training labels: fpc:N keeps N positives and negatives per class, rps:P hides a cell
+    with probability P"""
+    partial_seed: Annotated[int, Field(ge=0)] = 0
+    """which labels are hidden, whatever --seed is"""

@@ -29,46 +29,41 @@ def trained_with(path: str) -> Mapping[str, Any]:
 class FigureSettings(Settings):
     """How the labels of an epoch or a checkpoint are judged."""
 
-    threshold: Threshold = Field(
-        0.8, ge=0, le=1, description="score above which a label counts as predicted"
-    )
+    threshold: Annotated[Threshold, Field(ge=0, le=1)] = 0.8
+    """score above which a label counts as predicted"""
 
 
 class ResultSettings(FigureSettings):
     """What becomes of scores."""
 
-    top_k: OptionalInt = Field(
-        None,
-        ge=1,
-        description="labels per image; default: 3 in the top-k figures, 10 in infer.py",
-    )
-    class_descriptions: str = Field(
-        "", description="openimages: CSV of class ids and names, to show names"
-    )
-    json_file: Annotated[str, tyro.conf.arg(aliases=("--json",))] = Field(
-        "", description="also write the result to this file"
-    )
+    top_k: Annotated[OptionalInt, Field(ge=1)] = None
+    """labels per image; default: 3 in the top-k figures, 10 in infer.py"""
+    class_descriptions: str = ""
+    """openimages: CSV of class ids and names, to show names"""
+    json_file: Annotated[str, tyro.conf.arg(aliases=("--json",))] = ""
+    """also write the result to this file"""
 
 
 class MeasureSettings(ResultSettings):
     """What a checkpoint is measured for."""
 
-    estimate_prior: str = Field(
-        "",
-        description="write the mean score of each class over the training split to this CSV",
-    )
-    config: str = Field("", description="recipe: a YAML file of settings")
+    estimate_prior: str = ""
+    """write the mean score of each class over the training split to this CSV"""
+    config: str = ""
+    """recipe: a YAML file of settings"""
 
 
 class PictureSettings(ResultSettings):
     """What is labelled, and how that is shown."""
 
-    pic_path: str = Field("", description="an image or a folder of images")
-    draw: bool = Field(True, description="draw every image beside its labels")
-    output: str = Field("", description="folder of the pictures; default: predictions")
-    dataset_type: Literal["MS-COCO", "NUS-WIDE", "PASCAL-VOC", "OpenImages"] | None = Field(
-        None, description="of an official checkpoint: OpenImages has the bottleneck head"
-    )
+    pic_path: str = ""
+    """an image or a folder of images"""
+    draw: bool = True
+    """draw every image beside its labels"""
+    output: str = ""
+    """folder of the pictures; default: predictions"""
+    dataset_type: Literal["MS-COCO", "NUS-WIDE", "PASCAL-VOC", "OpenImages"] | None = None
+    """of an official checkpoint: OpenImages has the bottleneck head"""
 
 
 class ValidateConfig(Config):

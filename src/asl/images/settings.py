@@ -16,38 +16,26 @@ BadImages = Literal["error", "skip"]
 class ImageSettings(Settings):
     """How images are read and made batches of."""
 
-    image_size: Annotated[int, tyro.conf.arg(aliases=("--input-size",))] = Field(
-        224, ge=8, le=4096, description="side of the square that images are squished to"
+    image_size: Annotated[int, tyro.conf.arg(aliases=("--input-size",)), Field(ge=8, le=4096)] = 224
+    """side of the square that images are squished to"""
+    batch_size: Annotated[int, tyro.conf.arg(aliases=("-b",)), Field(ge=1)] = 128
+    """images per step, of all processes together"""
+    workers: Annotated[int | None, tyro.conf.arg(aliases=("-j",), metavar="INT"), Field(ge=0)] = (
+        None
     )
-    batch_size: Annotated[int, tyro.conf.arg(aliases=("-b",))] = Field(
-        128, ge=1, description="images per step, of all processes together"
-    )
-    workers: Annotated[int | None, tyro.conf.arg(aliases=("-j",), metavar="INT")] = Field(
-        None,
-        ge=0,
-        description="processes that load images; 0: none; default: one per core, up to 16",
-    )
-    cache_dir: str = Field("", description="keep the squished images in this folder")
-    max_pixels: int = Field(
-        MAX_PIXELS,
-        ge=1,
-        description="refuse larger pictures before they are decoded, as they could fill the memory",
-    )
+    """processes that load images; 0: none; default: one per core, up to 16"""
+    cache_dir: str = ""
+    """keep the squished images in this folder"""
+    max_pixels: Annotated[int, Field(ge=1)] = MAX_PIXELS
+    """refuse larger pictures before they are decoded, as they could fill the memory"""
 
 
 class AugmentSettings(Settings):
     """What happens to training images, and to those of them that cannot be read."""
 
-    augment: Policy = Field(
-        "recipe",
-        description="Cutout and RandAugment as in the paper, a horizontal flip, or nothing",
-    )
-    augment_on: Literal["auto", "workers", "device"] = Field(
-        "auto",
-        description="where that is done; auto: on a CUDA GPU if there is one, else in the workers",
-    )
-    bad_images: BadImages = Field(
-        "error",
-        description="training images that cannot be read: stop, or take another in their place, "
-        "up to 1 %",
-    )
+    augment: Policy = "recipe"
+    """Cutout and RandAugment as in the paper, a horizontal flip, or nothing"""
+    augment_on: Literal["auto", "workers", "device"] = "auto"
+    """where that is done; auto: on a CUDA GPU if there is one, else in the workers"""
+    bad_images: BadImages = "error"
+    """training images that cannot be read: stop, or take another in their place, up to 1 %"""

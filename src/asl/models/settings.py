@@ -1,6 +1,6 @@
 """What can be said of a model: its architecture, its weights, where and how precisely it runs."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -13,43 +13,35 @@ Weights = Literal["best", "ema", "regular"]
 class ModelSettings(Settings):
     """Which model, and the file of its weights."""
 
-    model_name: str = Field(
-        "tresnet_m", description="any timm model; the papers': tresnet_m/l/xl/v2_l"
-    )
-    model_path: str = Field("", description="file of weights: official, timm's or this project's")
-    head: Head = Field(
-        "linear",
-        description="last layers: one linear, or the official Open Images one (512 wide)",
-    )
-    num_classes: OptionalInt = Field(
-        None,
-        ge=1,
-        description="an error if the data set or checkpoint has another number of classes",
-    )
+    model_name: str = "tresnet_m"
+    """any timm model; the papers': tresnet_m/l/xl/v2_l"""
+    model_path: str = ""
+    """file of weights: official, timm's or this project's"""
+    head: Head = "linear"
+    """last layers: one linear, or the official Open Images one (512 wide)"""
+    num_classes: Annotated[OptionalInt, Field(ge=1)] = None
+    """an error if the data set or checkpoint has another number of classes"""
 
 
 class NewModelSettings(ModelSettings):
     """A model to train: from random weights, from a file, or from timm's hub."""
 
-    pretrained: bool = Field(
-        False, description="start from timm's ImageNet weights, fetched from its hub"
-    )
+    pretrained: bool = False
+    """start from timm's ImageNet weights, fetched from its hub"""
 
 
 class TrainedModelSettings(ModelSettings):
     """A model to use."""
 
-    weights: Weights = Field(
-        "best",
-        description="which set of a checkpoint of train.py to use: averaged, regular, or the one "
-        "that was better when the checkpoint was written",
-    )
+    weights: Weights = "best"
+    """which set of a checkpoint of train.py to use: averaged, regular, or the one that was
+    better when the checkpoint was written"""
 
 
 class DeviceSettings(Settings):
     """Where a model computes, and in what precision."""
 
-    device: str = Field("", description="cuda, cuda:1, mps, cpu; default: the first that is there")
-    amp: Literal["auto", "off", "bf16", "fp16"] = Field(
-        "auto", description="precision of the forward pass; auto: what is faster here"
-    )
+    device: str = ""
+    """cuda, cuda:1, mps, cpu; default: the first that is there"""
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
+    """precision of the forward pass; auto: what is faster here"""

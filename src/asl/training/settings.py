@@ -1,7 +1,7 @@
 """What train.py can be told."""
 
 import re
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -21,46 +21,30 @@ ESTIMATE = "estimate"  # `prior_path` where the prior is to be estimated first
 class LossSettings(Settings):
     """The training loss, and what it makes of cells that are not annotated."""
 
-    loss: Literal["asl", "focal", "bce"] = Field("asl", description="training loss")
-    gamma_neg: OptionalFloat = Field(
-        None, ge=0, description="focusing of the negatives; default: 4 for asl, 2 for focal"
-    )
-    gamma_pos: OptionalFloat = Field(
-        None, ge=0, description="focusing of the positives; default: 0 for asl, 2 for focal"
-    )
-    clip: OptionalFloat = Field(
-        None, ge=0, le=0.99, description="probability margin m of asl; default: 0.05"
-    )
-    adaptive_gamma: OptionalFloat = Field(
-        None,
-        gt=-1,
-        le=0.99,
-        description="gap of scores between positives and negatives towards which gamma_neg is "
-        "moved",
-    )
-    adaptive_step: float = Field(0.005, gt=0, description="how fast adaptive_gamma moves it")
-    unannotated: Literal["ignore", "negative", "selective"] = Field(
-        "ignore",
-        description="cells that are not annotated: no loss, that of a negative, or that of a "
-        "negative but for classes and cells that are likely present (CSL)",
-    )
-    gamma_unann: OptionalFloat = Field(
-        None, ge=0, description="their focusing; default: that of the negatives"
-    )
-    likelihood_topk: int = Field(
-        5, ge=0, description="selective: cells per image, on average, that count as likely present"
-    )
-    prior_path: str = Field(
-        "",
-        description="selective: CSV of how frequent each class is (validate.py --estimate-prior), "
-        "or the word estimate, to train a model that tells first",
-    )
-    prior_threshold: float = Field(
-        0.5,
-        ge=0,
-        le=1,
-        description="selective: classes more frequent than this are likely present",
-    )
+    loss: Literal["asl", "focal", "bce"] = "asl"
+    """training loss"""
+    gamma_neg: Annotated[OptionalFloat, Field(ge=0)] = None
+    """focusing of the negatives; default: 4 for asl, 2 for focal"""
+    gamma_pos: Annotated[OptionalFloat, Field(ge=0)] = None
+    """focusing of the positives; default: 0 for asl, 2 for focal"""
+    clip: Annotated[OptionalFloat, Field(ge=0, le=0.99)] = None
+    """probability margin m of asl; default: 0.05"""
+    adaptive_gamma: Annotated[OptionalFloat, Field(gt=-1, le=0.99)] = None
+    """gap of scores between positives and negatives towards which gamma_neg is moved"""
+    adaptive_step: Annotated[float, Field(gt=0)] = 0.005
+    """how fast adaptive_gamma moves it"""
+    unannotated: Literal["ignore", "negative", "selective"] = "ignore"
+    """cells that are not annotated: no loss, that of a negative, or that of a negative but for
+    classes and cells that are likely present (CSL)"""
+    gamma_unann: Annotated[OptionalFloat, Field(ge=0)] = None
+    """their focusing; default: that of the negatives"""
+    likelihood_topk: Annotated[int, Field(ge=0)] = 5
+    """selective: cells per image, on average, that count as likely present"""
+    prior_path: str = ""
+    """selective: CSV of how frequent each class is (validate.py --estimate-prior), or the word
+    estimate, to train a model that tells first"""
+    prior_threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """selective: classes more frequent than this are likely present"""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -87,61 +71,57 @@ class LossSettings(Settings):
 class StepSettings(Settings):
     """What one update of the weights is."""
 
-    optimizer: Literal["adam", "adamw"] = Field(
-        "adam", description="adam adds the decay to the gradient (official), adamw decouples it"
-    )
-    lr: float = Field(1e-4, gt=0, description="peak learning rate of the one-cycle schedule")
-    weight_decay: float = Field(1e-4, ge=0, description="of weights with more than one dimension")
-    epochs: int = Field(80, ge=1, description="length of the one-cycle schedule")
-    pct_start: float = Field(
-        0.2, gt=0, le=0.99, description="share of the schedule in which the learning rate rises"
-    )
-    ema_decay: float = Field(
-        0.9997, ge=0, le=0.999999, description="decay per step of the averaged weights"
-    )
-    ema_warmup: bool = Field(
-        False,
-        description="let the decay grow from 0 over the first steps: for runs of few steps",
-    )
-    grad_clip: OptionalFloat = Field(None, gt=0, description="largest norm of the gradient")
-    sync_bn: bool = Field(False, description="batch statistics of all processes, on GPUs")
-    running_prior: bool = Field(
-        False, description="keep the mean score of each class during training, in prior.csv"
-    )
-    seed: int = Field(0, ge=0, le=2**31 - 1, description="of everything random")
-    compile: bool = Field(False, description="compile the model with torch.compile")
+    optimizer: Literal["adam", "adamw"] = "adam"
+    """adam adds the decay to the gradient (official), adamw decouples it"""
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    """peak learning rate of the one-cycle schedule"""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    """of weights with more than one dimension"""
+    epochs: Annotated[int, Field(ge=1)] = 80
+    """length of the one-cycle schedule"""
+    pct_start: Annotated[float, Field(gt=0, le=0.99)] = 0.2
+    """share of the schedule in which the learning rate rises"""
+    ema_decay: Annotated[float, Field(ge=0, le=0.999999)] = 0.9997
+    """decay per step of the averaged weights"""
+    ema_warmup: bool = False
+    """let the decay grow from 0 over the first steps: for runs of few steps"""
+    grad_clip: Annotated[OptionalFloat, Field(gt=0)] = None
+    """largest norm of the gradient"""
+    sync_bn: bool = False
+    """batch statistics of all processes, on GPUs"""
+    running_prior: bool = False
+    """keep the mean score of each class during training, in prior.csv"""
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    """of everything random"""
+    compile: bool = False
+    """compile the model with torch.compile"""
 
 
 class RunSettings(Settings):
     """How long a run lasts, where it is written, and how it is watched."""
 
-    config: str = Field("", description="recipe: a YAML file of settings")
-    output: str = Field(
-        "", description="folder of the run; default: runs/<recipe>, numbered if taken"
-    )
-    stop_epoch: OptionalInt = Field(
-        None, ge=1, description="stop after this many epochs, before the schedule is over"
-    )
-    val_every: int = Field(1, ge=1, description="validate every N epochs, and after the last")
-    resume: str = Field(
-        "",
-        description="go on from the last checkpoint of the run folder; --resume FILE: else from "
-        "that file",
-    )
-    checkpoint_every: str = Field(
-        "",
-        description="also write last.pt within an epoch: every N steps, or every Nmin minutes",
-    )
-    overwrite: bool = Field(False, description="start anew in a folder that already holds a run")
-    deterministic: bool = Field(
-        False,
-        description="only operations that give the same bits again, on GPUs at the cost of speed",
-    )
-    profile: bool = Field(
-        False, description="write a trace of a few steps to trace.json in the run folder"
-    )
-    print_freq: int = Field(100, ge=1, description="steps between looks at the loss")
-    tensorboard: bool = Field(False, description="also log to TensorBoard in the run folder")
+    config: str = ""
+    """recipe: a YAML file of settings"""
+    output: str = ""
+    """folder of the run; default: runs/<recipe>, numbered if taken"""
+    stop_epoch: Annotated[OptionalInt, Field(ge=1)] = None
+    """stop after this many epochs, before the schedule is over"""
+    val_every: Annotated[int, Field(ge=1)] = 1
+    """validate every N epochs, and after the last"""
+    resume: str = ""
+    """go on from the last checkpoint of the run folder; --resume FILE: else from that file"""
+    checkpoint_every: str = ""
+    """also write last.pt within an epoch: every N steps, or every Nmin minutes"""
+    overwrite: bool = False
+    """start anew in a folder that already holds a run"""
+    deterministic: bool = False
+    """only operations that give the same bits again, on GPUs at the cost of speed"""
+    profile: bool = False
+    """write a trace of a few steps to trace.json in the run folder"""
+    print_freq: Annotated[int, Field(ge=1)] = 100
+    """steps between looks at the loss"""
+    tensorboard: bool = False
+    """also log to TensorBoard in the run folder"""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
