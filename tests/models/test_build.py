@@ -79,6 +79,20 @@ def test_a_size_that_the_model_cannot_take_is_an_error_with_its_reason():
     check_size(create_model("test_vit", 2, image_size=96), "vit", 96)
 
 
+def test_a_model_that_checks_its_size_when_it_is_built_gives_the_same_error():
+    with pytest.raises(UsageError, match="xcit_nano_12_p8_224 cannot take images of 100 x 100"):
+        create_model("xcit_nano_12_p8_224", 2, image_size=100)
+
+
+def test_other_failures_of_timm_are_not_taken_for_missing_weights(monkeypatch):
+    def fail(*args, **options):
+        raise MemoryError
+
+    monkeypatch.setattr("timm.create_model", fail)
+    with pytest.raises(MemoryError):
+        create_model(SMALL, 2)
+
+
 def test_a_look_at_the_size_changes_nothing_in_the_model():
     model = create_model(SMALL, 2).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -50,6 +50,8 @@ def test_model_is_the_best_set_and_takes_no_room_of_its_own(best, tmp_path):
     loaded = checkpoint.load(tmp_path / "both.pth")
     assert_same(loaded["model"], sets[best])
     assert loaded["best"] == best
+    # official code takes "model" from the file itself
+    assert_same(torch.load(tmp_path / "both.pth")["model"], sets[best])
     assert_same(loaded["ema"], sets["ema"])
     assert_same(loaded["regular"], sets["regular"])
     assert (tmp_path / "both.pth").stat().st_size < 2.01 * (tmp_path / "one.pth").stat().st_size
@@ -78,13 +80,40 @@ def test_files_of_others_are_read_as_ours(key, prefix, old_format, tmp_path):
     assert loaded["num_classes"] is loaded["idx_to_class"] is None
 
 
+@pytest.mark.parametrize("name", ["model", "state_dict", "body.module.weight"])
+def test_any_name_that_a_tensor_has_in_a_bare_state_dict_stays(name, tmp_path):
+    weights = {**WEIGHTS, name: torch.zeros(3)}
+    torch.save(weights, tmp_path / "bare.pth")
+    tensors = checkpoint.load(tmp_path / "bare.pth")["model"]
+    assert_same(tensors, weights)
+
+
+def test_weights_that_were_saved_on_a_gpu_are_read_on_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+    torch.save({"model": WEIGHTS}, tmp_path / "gpu.pth")
+    tensors = checkpoint.load(tmp_path / "gpu.pth")["model"]
+    assert_same(tensors)
+    assert {tensor.device.type for tensor in tensors.values()} == {"cpu"}
+
+
+def test_a_file_is_mapped_and_not_read_until_its_tensors_are_used(tmp_path):
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("only Linux lists what a process has mapped")
+    checkpoint.save(tmp_path / "large.pth", {"model": WEIGHTS})
+    loaded = checkpoint.load(tmp_path / "large.pth")
+    assert str(tmp_path / "large.pth") in maps.read_text()
+    assert_same(loaded["model"])
+
+
 @pytest.mark.parametrize("averaged_entry", ["state_dict_ema", "model_ema"])
 @pytest.mark.parametrize("extra", [{}, {"best": 86.6}, {"best": torch.ones(2)}, {"regular": None}])
 def test_averaged_weights_of_timm_training_are_the_ema_set_and_the_best(
     extra, averaged_entry, tmp_path
 ):
     averaged = {name: tensor + 1 for name, tensor in WEIGHTS.items()}
-    content = {"state_dict": WEIGHTS, averaged_entry: averaged, **extra}
+    wrapped = {f"module.{name}": tensor for name, tensor in WEIGHTS.items()}
+    content = {"state_dict": wrapped, averaged_entry: averaged, **extra}
     torch.save(content, tmp_path / "timm.pth")
     loaded = checkpoint.load(tmp_path / "timm.pth")
     assert_same(loaded["regular"])
@@ -149,6 +178,15 @@ def test_numpy_numbers_are_read_without_trusting_the_sizes_that_they_give(tmp_pa
         path.write_bytes(good[:size] + bytes([digit]) + good[size + 1 :])
         with pytest.raises(DataError, match="damaged"):
             checkpoint.load(path)
+
+
+def test_numpy_numbers_of_a_machine_with_the_other_byte_order_keep_their_value(tmp_path):
+    content = bytes_of({"model": WEIGHTS, "mAP": np.float64(86.6)}, tmp_path, old_format=True)
+    order = content.index(b"<", content.index(b"f8"))
+    swapped = content[:order] + b">" + content[order + 1 :]
+    (tmp_path / "swapped.pth").write_bytes(swapped)
+    value = checkpoint.load(tmp_path / "swapped.pth")["mAP"]
+    assert value == np.float64(86.6).byteswap()
 
 
 @pytest.mark.parametrize("old_format", [False, True], ids=["zip", "legacy"])

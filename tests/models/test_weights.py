@@ -130,6 +130,18 @@ def test_a_head_of_another_kind_is_left_out(official_m):
     assert len(loaded.fresh) == 4
 
 
+def test_a_file_without_a_head_fills_the_body(small_file, tmp_path):
+    weights = torch.load(small_file)
+    backbone = {name: tensor for name, tensor in weights.items() if not name.startswith("fc.")}
+    torch.save(backbone, tmp_path / "backbone.pth")
+    _, loaded = created_and_filled(SMALL, 20, tmp_path / "backbone.pth")
+    assert loaded.fresh == ("fc.weight", "fc.bias")
+    assert loaded.matched == len(backbone)
+    assert not loaded.left_out
+    with pytest.raises(DataError, match="a head for no classes, the model's is for 20 classes"):
+        created_and_filled(SMALL, 20, tmp_path / "backbone.pth", fresh_head=False)
+
+
 def test_tensors_that_the_model_does_not_have_are_left_out_and_said_so(small_file, tmp_path):
     weights = torch.load(small_file) | {"auxiliary.weight": torch.zeros(7, 512)}
     checkpoint.save(tmp_path / "file.pth", {"model": weights})
@@ -304,12 +316,30 @@ def test_values_that_are_not_finite_are_named_and_change_nothing(value, small_fi
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_half_precision_files_load(small_file, tmp_path):
-    halves = {name: tensor.half() for name, tensor in torch.load(small_file).items()}
-    save_file(halves, tmp_path / "half.safetensors")
-    model, _ = created_and_filled(SMALL, 20, tmp_path / "half.safetensors")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.float8_e4m3fn])
+def test_files_of_another_precision_load(dtype, small_file, tmp_path):
+    weights = {name: tensor.to(dtype) for name, tensor in torch.load(small_file).items()}
+    save_file(weights, tmp_path / "other.safetensors")
+    model, _ = created_and_filled(SMALL, 20, tmp_path / "other.safetensors")
     assert model.fc.weight.dtype == torch.float32
-    assert torch.equal(model.fc.weight, halves["fc.weight"].float())
+    assert torch.equal(model.fc.weight, weights["fc.weight"].float())
+
+
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        (torch.full((20,), 1e300, dtype=torch.float64), r"fc.bias .* not finite"),
+        (
+            torch.zeros(20, dtype=torch.int64),
+            "fc.bias is torch.int64, the model's is torch.float32",
+        ),
+        (torch.zeros(20, dtype=torch.complex64), "fc.bias is torch.complex64"),
+    ],
+)
+def test_values_that_the_models_type_cannot_hold_are_an_error(bias, message, small_file, tmp_path):
+    torch.save(torch.load(small_file) | {"fc.bias": bias}, tmp_path / "odd.pth")
+    with pytest.raises(DataError, match=message):
+        created_and_filled(SMALL, 20, tmp_path / "odd.pth")
 
 
 def test_vision_transformers_take_the_image_size_and_resize_their_positions(tmp_path):

@@ -28,8 +28,8 @@ def create_model(
     random, or with `pretrained` timm's from its hub, apart from the head. `image_size` is S; only
     models that are built for one size (vision transformers) look at it.
 
-    Raises `UsageError` for a name that timm does not know or a head that the model cannot have, and
-    `DataError` if pretrained weights cannot be fetched.
+    Raises `UsageError` for a name that timm does not know, or a head or size that the model cannot
+    have, and `DataError` if pretrained weights cannot be fetched.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.lower(), timm.list_models(), n=3)
@@ -45,6 +45,8 @@ def create_model(
         options["img_size"] = image_size
     try:
         model: nn.Module = timm.create_model(name, pretrained, **options)
+    except AssertionError as error:  # some vision transformers check the size here
+        raise UsageError(_wrong_size(name, image_size, error)) from error
     except Exception as error:
         if not pretrained:
             raise
@@ -82,6 +84,9 @@ def check_size(model: nn.Module, name: str, image_size: int) -> None:
         with torch.inference_mode():
             model.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
     except (RuntimeError, AssertionError, ArithmeticError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        message = f"{name} cannot take images of {image_size} x {image_size} pixels: {reason}"
-        raise UsageError(message) from error
+        raise UsageError(_wrong_size(name, image_size, error)) from error
+
+
+def _wrong_size(name: str, size: int | None, error: Exception) -> str:
+    reason = str(error).partition("\n")[0]
+    return f"{name} cannot take images of {size} x {size} pixels: {reason}"

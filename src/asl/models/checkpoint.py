@@ -70,7 +70,6 @@ def save(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
     try:
         with replacing(path) as file:
             torch.save(dict(checkpoint), file)
-            file.flush()
             with torch.serialization.safe_globals(_HARMLESS):
                 refused = torch.serialization.get_unsafe_globals_in_checkpoint(file.name)
             if refused:

@@ -165,10 +165,13 @@ def _converted(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 def _check_values(used: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str | Path) -> None:
     for name, tensor in used.items():
-        if own[name].is_floating_point() and not tensor.is_floating_point():
-            raise DataError(f"{path}: {name} is {tensor.dtype}, the model's is {own[name].dtype}")
+        dtype = own[name].dtype
+        if not dtype.is_floating_point:
+            continue
+        if not tensor.is_floating_point():
+            raise DataError(f"{path}: {name} is {tensor.dtype}, the model's is {dtype}")
         # aminmax passes NaN on, and costs a tenth of isfinite: 20 ms for TResNet-L
-        if tensor.is_floating_point() and not all(math.isfinite(x) for x in tensor.aminmax()):
+        if not all(math.isfinite(x) for x in tensor.to(dtype).aminmax()):
             raise DataError(f"{path}: {name} holds values that are not finite (NaN or infinity)")
 
 
