@@ -1,6 +1,7 @@
 """Data and builders that several test files use."""
 
 import os
+import sys
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -11,6 +12,10 @@ import torch
 from asl.data.readers.shapes import draw_shapes
 from asl.evaluation.settings import InferConfig, ValidateConfig
 from asl.training.settings import TrainConfig
+
+# For bad_input, which several wings share, and for the programs chaos and fuzz.
+sys.path.append(str(Path(__file__).parent))
+pytest_plugins = ["bad_input"]
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

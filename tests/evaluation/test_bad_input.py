@@ -1,0 +1,36 @@
+"""Results that cannot be made or written: one line that says so, nothing left behind."""
+
+import pytest
+from bad_input import edit
+
+CASES = {
+    "threshold above one": ("infer --threshold 1.5", 2, "threshold is 1.5"),
+    "no labels wanted": ("infer --top-k 0", 2, "top_k is 0"),
+    "no picture": ("infer --pic-path ''", 2, "--pic-path"),
+    "pictures below a file": ("infer --output prior.csv/pictures", 2, "prior.csv"),
+    "json below a file": ("validate coco --json prior.csv/x.json", 2, "prior.csv"),
+    "json is a folder": ("infer --no-draw --json coco", 2, "coco"),
+    "prior below a file": ("validate coco --estimate-prior prior.csv/x.csv", 2, "prior.csv"),
+    "other classes than the data": (
+        "validate zoo --dataset nus_wide --val-split train",
+        1,
+        "no match: dog",
+        edit("zoo/nus_wid_data.csv", "dog", "cow"),
+    ),
+    "one class of the data is missing": (
+        "validate voc --dataset voc",
+        1,
+        "no match: dog",
+        lambda root: [
+            (root / f"voc/ImageSets/Main/dog_{split}.txt").unlink()
+            for split in ("test", "trainval")
+        ],
+    ),
+    "descriptions that are not there": ("infer --class-descriptions none.csv", 1, "none.csv"),
+    "descriptions of three columns": ("infer --class-descriptions table.csv", 1, "row 1"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_one_message_and_leaves_nothing(name, refused):
+    refused(*CASES[name])
