@@ -95,6 +95,21 @@ def test_a_touched_source_and_a_new_reader_version_are_parsed_again(
     assert len(parsed) == 3
 
 
+def test_a_source_of_another_size_is_parsed_again_whatever_its_time(root, cache):
+    path = root / "ImageSets" / "Main" / "cat_train.txt"
+    os.utime(path, ns=(1, 1))
+    read("voc", root, "train", cache_dir=cache)
+    path.write_text("000012 1\n000017 1\n")
+    os.utime(path, ns=(1, 1))
+    assert read("voc", root, "train", cache_dir=cache).counts(1)[1] == 2
+
+
+def test_images_are_looked_for_where_this_call_says(root, cache, monkeypatch):
+    monkeypatch.chdir(root)
+    assert read("voc", ".", "train", cache_dir=cache).root == Path()
+    assert read("voc", root, "train", cache_dir=cache).root == root
+
+
 @pytest.mark.parametrize("place", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.999, "cut", "empty", "text"])
 def test_a_damaged_cache_is_rebuilt_and_says_so(root, cache, parsed, caplog, place):
     first = read("voc", root, "train", cache_dir=cache)
