@@ -35,6 +35,16 @@ def test_a_default_that_is_typed_wins_over_the_recipe(tmp_path):
     assert not config.run.overwrite
 
 
+def test_what_goes_together_may_stand_in_the_recipe_and_on_the_command_line(tmp_path):
+    path = recipe(tmp_path, "unannotated: selective\nprior_path: estimate\npretrained: true\n")
+    argv = ["--config", str(path), "--prior-path", "prior.csv", "--no-pretrained"]
+    config = train(*argv, "--model-path", "x.pt")
+    assert (config.loss.unannotated, config.loss.prior_path) == ("selective", "prior.csv")
+    assert (config.model.pretrained, config.model.model_path) == (False, "x.pt")
+    with pytest.raises(UsageError, match="prior_path"):
+        train(*argv, "--unannotated", "ignore")
+
+
 def test_dashes_underscores_and_official_names_mean_the_same():
     official = ["--model_name", "tresnet_l", "-j", "3", "-b", "7", "--thre", "0.6"]
     ours = ["--model-name", "tresnet_l", "--workers", "3", "--batch-size=7", "--threshold", "0.6"]

@@ -10,6 +10,7 @@ import difflib
 import io
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
@@ -126,33 +127,29 @@ def parse(
 ) -> C:
     """The settings of one start of a script.
 
-    `argv` defaults to the command line. `trained_with` maps the path of a checkpoint to settings: of
-    these, the ones of `from_checkpoint` take the place of the defaults. A recipe may hold all
-    settings of `recipes`, and this script takes its own.
+    `argv` defaults to the command line. `trained_with` maps the path of a checkpoint to settings:
+    the ones of `from_checkpoint` take the place of the defaults. A recipe may hold all settings of
+    `recipes`, and this script takes its own.
 
     Exits with 0 after `--help` and with 2 on a wrong command line, saying what is near. Raises
     `UsageError` for a wrong recipe and for values out of range.
     """
     argv = _with_bare_resume(sys.argv[1:] if argv is None else argv)
     typed = _typed(argv, config)
-    parsed = tyro.cli(
+    settings: dict[str, Any] = {}
+    if trained_with is not None and typed.get("model_path"):
+        settings |= _of_checkpoint(config, typed["model_path"], trained_with)
+    if typed.get("config"):
+        recipe = read_recipe(typed["config"], *[each for each in (config, recipes) if each])
+        settings |= {name: recipe[name] for name in config.names() if name in recipe}
+    return tyro.cli(
         config,
         prog=f"{script}.py",
         description=description,
         args=argv,
+        default=config.of(**settings),
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.SuppressFixed),
-    ).flat()
-    given = {
-        name: parsed[name] for name in parsed if name in typed or (name == "data" and parsed[name])
-    }
-    settings: dict[str, Any] = {}
-    if trained_with is not None and given.get("model_path"):
-        path = given["model_path"]
-        settings |= _of_checkpoint(config, trained_with(path), path)
-    if given.get("config"):
-        recipe = read_recipe(given["config"], *[each for each in (config, recipes) if each])
-        settings |= {name: recipe[name] for name in config.names() if name in recipe}
-    return config.of(**{**settings, **given})
+    )
 
 
 def read_recipe(path: str | Path, *configs: type[Config]) -> dict[str, Any]:
@@ -215,7 +212,10 @@ def _read_yaml(path: str | Path) -> Mapping[Any, Any]:
     return recipe
 
 
-def _of_checkpoint(config: type[Config], trained: Any, path: str) -> dict[str, Any]:
+def _of_checkpoint(
+    config: type[Config], path: str, trained_with: Callable[[str], Mapping[str, Any]]
+) -> dict[str, Any]:
+    trained = trained_with(path)
     try:
         known = {name: trained[name] for name in config.from_checkpoint if name in trained}
         checked = config.of(**known).flat()
@@ -228,22 +228,26 @@ def _with_bare_resume(argv: Sequence[str]) -> list[str]:
     # `--resume` may stand alone, which tyro does not know of an option that takes a value.
     return [
         f"--resume={RESUME_LAST}" if (word, after[:1]) in _BARE_RESUME else word
-        for word, after in zip(argv, [*argv[1:], ""], strict=False)
+        for word, after in zip_longest(argv, argv[1:], fillvalue="")
     ]
 
 
-def _typed(argv: Sequence[str], config: type[Config]) -> set[str]:
-    """The settings whose options stand in `argv`; raises `UsageError` for one that is there twice.
+def _typed(argv: Sequence[str], config: type[Config]) -> dict[str, str]:
+    """The settings whose options stand in `argv`, with the word behind or in each.
 
-    Of two the second would win in silence: in a shell script of many lines that is a wrong run.
+    Raises `UsageError` for one that is there twice: the second would win in silence, which in a
+    shell script of many lines is a wrong run.
     """
-    names_of = {word: name for name, words in config.options().items() for word in words}
-    typed = [word.split("=")[0].replace("_", "-") for word in argv if word.startswith("-")]
-    names = [names_of[word] for word in typed if word in names_of]
-    for name in names:
-        if names.count(name) > 1:
+    names = {word: name for name, words in config.options().items() for word in words}
+    typed: dict[str, str] = {}
+    for word, following in zip_longest(argv, argv[1:], fillvalue=""):
+        option, _, value = word.partition("=")
+        name = names.get(option.replace("_", "-"))
+        if name in typed:
             raise UsageError(f"--{name.replace('_', '-')} is given twice")
-    return set(names)
+        if name:
+            typed[name] = value or following
+    return typed
 
 
 def _aliases(about: Any) -> Iterable[str]:
