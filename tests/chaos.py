@@ -42,10 +42,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from asl import engine
 from asl.config import read_recipe
 from asl.data.readers.shapes import draw_shapes
+from asl.evaluation import score
 from asl.models import checkpoint
+from asl.training.settings import TrainConfig
+from asl.training.step import Training
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PHASES = ("start-up", "training", "validation", "writing a checkpoint")
@@ -86,8 +88,8 @@ class Process:
             tqdm.set_lock(threading.RLock())
             os.dup2(out, 1)
             os.dup2(out, 2)
-            self._note(engine.Training, "step", 1)
-            self._note(engine, "score", 2)
+            self._note(Training, "step", 1)
+            self._note(score, "score", 2)
             self._note(checkpoint, "save", 3)
             sys.argv = words
             runpy.run_path(str(REPOSITORY / words[0]), run_name="__main__")
@@ -151,7 +153,7 @@ def check_readable(folder):
         for line in lines_of(folder):
             json.loads(line)
         for path in folder.glob("*.yaml"):
-            read_recipe(path)
+            read_recipe(path, TrainConfig)
         for path in folder.glob("*.png"):
             with Image.open(path) as picture:
                 picture.load()

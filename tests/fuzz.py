@@ -39,7 +39,7 @@ from hypothesis.errors import InvalidArgument
 from PIL import Image
 from safetensors.torch import save as safetensors_bytes
 
-from asl.config import Config, read_recipe
+from asl.config import read_recipe, write_recipe
 from asl.data.annotations import Annotations
 from asl.data.classes import read_descriptions
 from asl.data.prior import read_prior
@@ -47,6 +47,7 @@ from asl.data.readers import read
 from asl.errors import DataError, UsageError
 from asl.images.decode import read_image
 from asl.models import checkpoint
+from asl.training.settings import TrainConfig
 
 Files = dict[str, bytes]
 SECONDS_PER_CASE = 60
@@ -283,7 +284,7 @@ def pictures() -> st.SearchStrategy[bytes]:
 
 
 def recipes() -> st.SearchStrategy[bytes]:
-    known = st.sampled_from([*Config.__dataclass_fields__, "image-size", "lrr"])
+    known = st.sampled_from([*TrainConfig.names(), "image-size", "lrr"])
     value = st.one_of(
         values.map(json.dumps),
         st.sampled_from(
@@ -339,8 +340,11 @@ def annotated(dataset: str, split: str = "train", **options: Any) -> Callable[[P
 
 
 def settle(recipe: Path) -> None:
-    config = Config(**read_recipe(recipe))
-    assert isinstance(config.to_yaml(), str)
+    """Read a recipe, and write and read it again."""
+    config = TrainConfig.of(**read_recipe(recipe, TrainConfig))
+    watch.on = False  # what follows writes: the config.yaml of a run must say the same again
+    recipe.write_bytes(write_recipe(config).encode())
+    assert TrainConfig.of(**read_recipe(recipe, TrainConfig)) == config
 
 
 def use(path: Path) -> None:
@@ -591,10 +595,10 @@ def main() -> None:
                     kind = where(error)
                     if kind not in failures.setdefault(name, set()):
                         failures[name].add(kind)
-                        kept = chosen.failures / f"{name}-{len(failures[name])}-seed-{number}"
-                        shutil.copytree(root, kept / "case", dirs_exist_ok=True)
-                        (kept / "traceback.txt").write_text(traceback.format_exc())
-                        print(f"{name}: {kind}: {str(error)[:300]!r}\n  kept in {kept}", flush=True)
+                        example = chosen.failures / f"{name}-{len(failures[name])}-seed-{number}"
+                        shutil.copytree(root, example / "case", dirs_exist_ok=True)
+                        (example / "traceback.txt").write_text(traceback.format_exc())
+                        print(f"{name}: {kind}: {str(error)[:300]!r}\n  in {example}", flush=True)
             number += 1
             if number % 10 == 0:
                 print(report(cases, failures), flush=True)
