@@ -6,12 +6,9 @@ neighbouring runs. `asl.distributed.precision` decides from them what `--amp aut
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import timm
 import torch
 from torch import Tensor, nn

@@ -4,9 +4,9 @@ python bench/step.py [--model tresnet_m] [--profile]
 
 The first table is what a step does beside the forward and backward pass of the model, against
 loops over the tensors: Adam and the moving average as the official scripts had them on a CPU, the
-loss as the paper has it. The second is images/s of whole steps, `engine.Training.step`, against
-float32 in the usual memory format with those loops. --profile prints instead which operations the
-time of a step goes to.
+loss as the paper has it. The second is images/s of whole steps, `training.step.Training.step`,
+against float32 in the usual memory format with those loops. --profile prints instead which
+operations the time of a step goes to.
 
 The contenders take turns; the figures are medians, ratios those of neighbouring runs. Time is that
 of the process, with one thread: what else the machine does is not in it.
@@ -27,9 +27,10 @@ import torch
 from losses import transcription
 from torch import Tensor, nn
 
-from asl.config import Config
-from asl.engine import Training, create_loss
 from asl.models.build import create_model
+from asl.training.loss import create_loss
+from asl.training.settings import LossSettings, StepSettings
+from asl.training.step import Training
 
 CLASSES = 80
 DECAY = 0.9997
@@ -77,8 +78,8 @@ class Loops:
 
 
 def training(model: nn.Module, amp: str = "off") -> Training:
-    config = Config(ema_decay=DECAY, amp=amp)
-    return Training(model, create_loss(config), config, steps_per_epoch=1000, device=CPU)
+    loss, settings = create_loss(LossSettings()), StepSettings(ema_decay=DECAY)
+    return Training(model, loss, settings, steps_per_epoch=1000, device=CPU, amp=amp)
 
 
 def seconds(

@@ -15,13 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import numpy as np
 import torch
 
-from asl.data.annotations import PRESENT, UNANNOTATED, without_missing
+from asl.data.annotations import PRESENT, UNANNOTATED
 from asl.data.partial import simulate
-from asl.data.readers import read
-from asl.engine import preparation, score
-from asl.images.loader import Batches
-from asl.models import checkpoint
-from asl.models.build import load_model
+from asl.data.splits import read_split
+from asl.evaluation.score import Scorer
+from asl.evaluation.settings import OF_THE_MODEL, ValidateConfig, trained_with
 
 PER_IMAGE = (0.25, 0.5, 1, 2, 5)
 
@@ -34,13 +32,17 @@ def main() -> None:
     parser.add_argument("--partial-seed", type=int, default=0)
     chosen = parser.parse_args()
 
-    everything, _ = without_missing(read("voc", chosen.data, "train"), "skip")
+    trained = trained_with(chosen.model_path)
+    config = ValidateConfig.of(
+        **{name: trained[name] for name in OF_THE_MODEL},
+        **{"data": chosen.data, "dataset": "voc", "train_split": "train", "missing_images": "skip"},
+        **{"model_path": chosen.model_path, "weights": "ema", "amp": "off", "batch_size": 32},
+    )
+    scorer = Scorer.load(config.model, config.images, config.run, torch.device("cpu"))
+    everything = read_split(config.data, "train", classes=scorer.classes)
     truth = everything.dense()
     left = simulate(everything, chosen.simulate_partial, chosen.partial_seed).dense()
-    config = checkpoint.load(chosen.model_path)["config"]
-    model, _ = load_model(config["model_name"], everything.num_classes, chosen.model_path)
-    batches = Batches(everything, config["image_size"], 32).epoch(0)
-    [scores] = score([model], batches, preparation(model, torch.device("cpu")))
+    scores = scorer.scores(everything, "scores")
     hidden = left == UNANNOTATED
     present = truth[hidden][np.argsort(-scores.numpy()[hidden], kind="stable")] == PRESENT
     images = len(everything)

@@ -23,11 +23,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from asl.atomic import replacing
-from asl.config import Config, read_recipe
+from asl.config import read_recipe
 from asl.data.prior import read_prior
 from asl.data.readers import read
+from asl.evaluation.text import frequencies_text
 from asl.models import checkpoint
-from asl.report import frequencies_text
+from asl.training.settings import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "voc2007_partial"
@@ -41,11 +42,12 @@ SEEDS = (0, 1, 2)
 
 
 def run(data: str, weights: str, hiding: str, method: str, seed: int) -> dict[str, Any]:
-    """Train one model, each step in a process of its own, and return what is kept of it."""
+    """Train one model, each step in a process of its own, and return its figures."""
     folder, about = RUNS / f"{hiding}_{method}_{seed}", ["--workers", "0", "--amp", "bf16"]
     prior = RUNS / f"{hiding}_ignore_ce_{seed}" / "prior.csv"
     recipe, more = ("csl", VARIANTS[method]) if method in VARIANTS else (method, [])
-    published = Config(**read_recipe(ROOT / "configs" / f"csl_coco_{hiding}_{recipe}.yaml"))
+    path = ROOT / "configs" / f"csl_coco_{hiding}_{recipe}.yaml"
+    published = TrainConfig.of(**read_recipe(path, TrainConfig)).loss
     gamma_neg, gamma_pos, clip = map(str, published.asymmetry)
     more = [*more, "--loss", published.loss, "--gamma-neg", gamma_neg, "--gamma-pos", gamma_pos,
             "--clip", clip, "--unannotated", published.unannotated]  # fmt: skip
@@ -58,14 +60,14 @@ def run(data: str, weights: str, hiding: str, method: str, seed: int) -> dict[st
            "--simulate-partial", HIDING[hiding], "--partial-seed", str(seed), "--seed", str(seed),
            "--output", str(folder), "--overwrite", *about, *more)  # fmt: skip
     trained = checkpoint.load(ROOT / folder / "best.pt")
-    kept = {"hiding": HIDING[hiding], "method": method, "seed": seed}
+    figures = {"hiding": HIDING[hiding], "method": method, "seed": seed}
     if recipe == "ignore_ce":
-        script("validate.py", "--model-path", str(folder / "best.pt"), "--estimate-prior",
-               str(prior), *about)  # fmt: skip
+        script("validate.py", "--model-path", str(folder / "best.pt"), "--weights", "ema",
+               "--estimate-prior", str(prior), *about)  # fmt: skip
         classes = list(trained["idx_to_class"].values())
         values = read_prior(ROOT / prior, classes).tolist()
-        kept["prior"] = {name: round(x, 5) for name, x in zip(classes, values, strict=True)}
-    return {**kept, **trained["history"][-1], **trained["provenance"]}
+        figures["prior"] = {name: round(x, 5) for name, x in zip(classes, values, strict=True)}
+    return {**figures, **trained["history"][-1], **trained["provenance"]}
 
 
 def script(*command: str) -> None:
