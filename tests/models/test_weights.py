@@ -108,9 +108,18 @@ def test_a_file_of_another_tresnet_names_the_right_one(other, official_m):
     assert "\n" not in str(error.value)
 
 
-def test_a_tresnet_file_is_recognised_from_a_model_that_is_none(official_m):
-    with pytest.raises(DataError, match="weights of tresnet_m, not resnet10t"):
-        created_and_filled(SMALL, 80, official_m)
+@pytest.mark.parametrize("case", GOLDEN.values(), ids=GOLDEN)
+def test_a_tresnet_file_is_recognised_by_its_names(case, tmp_path):
+    torch.save({name: torch.zeros(1) for name in case["params"]}, tmp_path / "file.pth")
+    with pytest.raises(DataError, match=f"weights of {case['model']}, not resnet10t"):
+        created_and_filled(SMALL, 80, tmp_path / "file.pth")
+
+
+def test_a_damaged_file_of_the_right_tresnet_is_not_said_to_be_of_another(tmp_path):
+    names = GOLDEN["tresnet_m"]["params"]
+    torch.save({name: torch.zeros(1) for name in names}, tmp_path / "file.pth")
+    with pytest.raises(DataError, match="another model than tresnet_m: 0 of the model's"):
+        created_and_filled("tresnet_m", 80, tmp_path / "file.pth")
 
 
 def test_a_head_for_other_classes_is_left_out_and_said_so(official_m):
@@ -143,11 +152,12 @@ def test_a_file_without_a_head_fills_the_body(small_file, tmp_path):
 
 
 def test_tensors_that_the_model_does_not_have_are_left_out_and_said_so(small_file, tmp_path):
-    weights = torch.load(small_file) | {"auxiliary.weight": torch.zeros(7, 512)}
+    weights = torch.load(small_file) | {"fc_auxiliary.weight": torch.zeros(7, 512)}
     checkpoint.save(tmp_path / "file.pth", {"model": weights})
-    _, loaded = created_and_filled(SMALL, 20, tmp_path / "file.pth")
-    assert loaded.left_out == {"auxiliary.weight": "not in the model"}
-    assert "left out: auxiliary.weight: not in the model" in str(loaded)
+    model, loaded = created_and_filled(SMALL, 20, tmp_path / "file.pth")
+    assert loaded.left_out == {"fc_auxiliary.weight": "not in the model"}
+    assert "left out: fc_auxiliary.weight: not in the model" in str(loaded)
+    assert loaded.matched == len(model.state_dict())
     assert not loaded.fresh
 
 
@@ -260,12 +270,13 @@ def test_training_from_a_file_takes_its_best_body_and_says_what_it_left_out(run_
 
 @pytest.mark.parametrize("from_file", [False, True])
 def test_a_new_model_and_one_in_use_are_built_for_the_size_of_the_images(from_file, tmp_path):
-    original = create_model("test_vit", 2)
+    name = "vit_tiny_patch16_224"  # takes images of the size that it is built for, and no other
+    original = create_model(name, 2)
     content = {"model": original.state_dict(), "idx_to_class": ["cat", "dog"]}
     torch.save(content, tmp_path / "vit.pth")
     path = str(tmp_path / "vit.pth")
-    new = NewModelSettings(model_name="test_vit", model_path=path if from_file else "")
-    used = TrainedModelSettings(model_name="test_vit", model_path=path)
+    new = NewModelSettings(model_name=name, model_path=path if from_file else "")
+    used = TrainedModelSettings(model_name=name, model_path=path)
     images = torch.zeros(1, 3, 96, 96)
     assert new_model(new, num_classes=5, image_size=96)(images).shape == (1, 5)
     assert trained_model(used, image_size=96)[0](images).shape == (1, 2)
@@ -302,6 +313,13 @@ def test_wrong_shapes_are_an_error_that_shows_one(small_file, tmp_path):
         DataError, match=r"layer4.0.conv1.weight: \(512, 256, 1, 1\) for \(512, 256"
     ):
         load_weights(create_model(SMALL, 20), tmp_path / "shapes.pth")
+
+
+def test_what_timms_converter_fails_on_is_an_error_with_counts(tmp_path):
+    weights = create_model("test_vit", 5).state_dict() | {"pos_embed": torch.zeros(3)}
+    torch.save(weights, tmp_path / "vit.pth")
+    with pytest.raises(DataError, match=r"than test_vit: \d+ of .*; pos_embed: \(3,\) for"):
+        created_and_filled("test_vit", 5, tmp_path / "vit.pth")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
