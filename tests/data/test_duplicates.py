@@ -58,7 +58,16 @@ def test_copies_within_a_split_and_images_of_several_splits_are_none(tmp_path):
     train = write(tmp_path / "all", a=b"1", b=b"1", c=b"2")
     trainval = write(tmp_path / "all", a=b"1", b=b"1", c=b"2", d=b"3")
     assert identical_files([train, trainval]) == []
+    assert identical_files([train, trainval.subset([3, 2, 1, 0])]) == []
     assert identical_files([train, train.subset([])]) == []
+
+
+def test_what_no_other_split_has_the_size_of_is_not_read(tmp_path):
+    train, val = write(tmp_path / "train", a=b"1", b=b"22"), write(tmp_path / "val", c=b"333")
+    for name in "ab":  # a folder has a size, but cannot be read
+        (tmp_path / "train" / name).unlink()
+        (tmp_path / "train" / name).mkdir()
+    assert identical_files([train, val]) == []
 
 
 def test_an_image_that_cannot_be_read_is_named(tmp_path):

@@ -70,6 +70,7 @@ def test_backslashes_of_the_original_lists_are_folders(original):
         ("[],", ",", "row 3, column label: a cell is empty"),
         ("images/2", "../2", "row 3: '../2.jpg' is not a path inside"),
         ("images/2", "images/1", "row 3: 'images/1.jpg' is already at .*row 2"),
+        ("\nimages/1", "\nx.jpg,[],val\n\nimages/2", "row 5: 'images/2.jpg' is .* at .*row 4"),
     ],
 )
 def test_a_wrong_csv_is_an_error_that_names_the_row(zoo, old, new, message):

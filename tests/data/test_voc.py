@@ -32,6 +32,20 @@ def test_difficult_counts_as_asked(tmp_path, difficult, label):
     assert data.dense().tolist() == [[1, 0], [0, 1], [1, label]]
 
 
+def test_a_byte_order_mark_does_no_harm(tmp_path):
+    write(tmp_path, {name: f"\N{ZERO WIDTH NO-BREAK SPACE}{text}" for name, text in LISTS.items()})
+    assert voc(tmp_path, "train").files[0] == b"JPEGImages/000012.jpg"
+
+
+def test_each_list_may_have_an_order_of_its_own(tmp_path):
+    write(tmp_path, {**LISTS, "cat": "000023 -1\n000012 -1\n000017 1\n"})
+    data = voc(tmp_path, "train")
+    assert data.files.tolist() == [
+        f"JPEGImages/{i}.jpg".encode() for i in LISTS["bird"].split()[::2]
+    ]
+    assert data.dense().tolist() == [[1, 0], [0, 1], [1, 0]]
+
+
 def test_blank_lines_do_no_harm(tmp_path):
     write(tmp_path, {"cat": LISTS["cat"] + "\n", "bird": "\n" + LISTS["bird"] + " \n\n"})
     assert voc(tmp_path, "train").dense().tolist() == [[1, 0], [0, 1], [1, 1]]
