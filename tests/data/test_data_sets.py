@@ -155,12 +155,14 @@ def test_the_summary_of_a_data_set_counts_and_draws_it(tmp_path):
         check=True,
         env={"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "PATH": ""},
     )
-    train, val = done.stdout.strip().split("\n\n")
+    train, val, identical = done.stdout.strip().split("\n\n")
     assert train.startswith("train\n")
     assert "images              4 in" in train
     assert "labels              6, 1.50 an image" in train
     assert "most frequent       cat 3, bird 2, boat 1" in train
     assert "missing files       1:" in val
+    # Number n of either split is the same drawing; one of val is missing.
+    assert identical.startswith("identical images in different splits: 3\n")
     for split in ("train", "val"):
         with Image.open(tmp_path / f"table_{split}.png") as picture:
             assert picture.width > 800

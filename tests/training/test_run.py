@@ -316,7 +316,7 @@ def test_a_run_resumed_with_other_settings_is_refused_and_the_settings_are_named
     before = {path: path.read_bytes() for path in plain_run.iterdir()}
     with pytest.raises(UsageError) as refused:
         fit(other)
-    assert "weight_decay: 0.0001 then, 0.5 now; batch_size: 8 then, 4 now)" in str(refused.value)
+    assert "batch_size: 8 then, 4 now; weight_decay: 0.0001 then, 0.5 now)" in str(refused.value)
     assert re.search(r"What may change: config, .*workers.*output", str(refused.value))
     assert {path: path.read_bytes() for path in plain_run.iterdir()} == before
 
