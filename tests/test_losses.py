@@ -310,6 +310,18 @@ def test_extreme_logits(loss, dtype, gammas, clip, detached):
 
 @pytest.mark.parametrize("loss", MULTI_LABEL)
 @pytest.mark.parametrize("kind", ["hard", "soft"])
+@pytest.mark.parametrize("detached", [False, True])
+def test_cells_that_cost_next_to_nothing_keep_their_digits(loss, kind, detached):
+    logits = torch.tensor([[20.0, -20, 9, -9, 20, -20]])
+    targets = torch.tensor([[1.0, 0, 1, 0, 1, 0 if kind == "hard" else 0.5]])
+    loss = loss(1, 1, 0, 1e-30, detached, "none")
+    single = value_and_grad(loss, logits, targets)
+    double = value_and_grad(loss, logits.double(), targets.double())
+    torch.testing.assert_close(single, double, rtol=1e-5, atol=0, check_dtype=False)
+
+
+@pytest.mark.parametrize("loss", MULTI_LABEL)
+@pytest.mark.parametrize("kind", ["hard", "soft"])
 def test_fractional_gamma_has_a_finite_slope_at_the_margin(loss, kind):
     logits, targets = batch(kind)
     logits[1] = math.log(0.05 / 0.95)

@@ -205,7 +205,18 @@ def test_top_k_takes_the_highest_annotated_scores_above_the_threshold():
     assert (both["OP"], both["OR"]) == pytest.approx((100 * 3 / 5, 100 * 3 / 6))
     forced = f1_scores(scores, targets, -np.inf, top_k=2)  # predicts 0 2 | 0 3 | 0 1
     assert (forced["OP"], forced["OR"]) == pytest.approx((100 * 3 / 6, 100 * 3 / 6))
+    three = f1_scores(scores, targets, -np.inf, top_k=3)  # predicts 0 2 3 | 0 2 3 | 0 1 2
+    assert (three["OP"], three["OR"]) == pytest.approx((100 * 5 / 9, 100 * 5 / 6))
     assert f1_scores(scores, targets, top_k=9) == f1_scores(scores, targets)
+
+
+def test_top_k_counts_more_equal_scores_than_fit_into_a_byte():
+    scores = np.full((2, 600), 0.9, dtype=np.float16)
+    targets = np.zeros((2, 600), dtype=np.int8)
+    targets[:, :200] = 1  # the first of equal scores are taken: these
+    found = f1_scores(scores, targets, top_k=200)
+    assert (found["OP"], found["OR"]) == (100, 100)
+    assert f1_scores(scores, targets, top_k=300)["OP"] == pytest.approx(100 * 2 / 3)
 
 
 def test_best_thresholds_reach_the_best_f1_of_every_class(tied):
@@ -231,6 +242,12 @@ def test_best_threshold_separates_neighbouring_floats(dtype):
 
 def test_best_threshold_lies_between_what_it_accepts_and_what_it_rejects():
     assert best_thresholds([[0.9], [0.5], [0.1]], [[1], [0], [0]]) == pytest.approx([0.7])
+
+
+def test_best_threshold_is_the_lowest_of_equally_good_ones():
+    scores, targets = [[0.9], [0.7], [0.6], [0.5], [0.1]], [[1], [0], [0], [1], [0]]
+    assert f1_scores(scores, targets, 0.8)["OF1"] == f1_scores(scores, targets, 0.3)["OF1"]
+    assert best_thresholds(scores, targets) == pytest.approx([0.3])
 
 
 def test_summary_is_json_with_null_for_what_is_not_defined(tied):

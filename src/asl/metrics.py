@@ -124,11 +124,10 @@ def best_thresholds(scores: Table, targets: Table) -> npt.NDArray[np.float64]:
         true, false = _accepted(positives, negatives)
         best = np.argmax(2 * true / (true + false + len(positives)))  # F1 = 2 TP / (2 TP + FP + FN)
         accepted = float(positives[best])
-        rejected = np.concatenate(
-            [positives[: len(positives) - true[best]], negatives[: len(negatives) - false[best]]]
-        )
+        # The highest that it rejects is a negative: to accept a positive there would be better yet.
+        rejected = negatives[: len(negatives) - false[best]]
         just_below = np.nextafter(accepted, -np.inf)  # of two neighbours the middle is one of them
-        middle = (float(rejected.max()) + accepted) / 2 if len(rejected) else just_below
+        middle = (float(rejected[-1]) + accepted) / 2 if len(rejected) else just_below
         thresholds[column] = min(just_below, middle)
     return thresholds
 

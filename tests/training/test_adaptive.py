@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from asl.losses import AsymmetricLoss, AsymmetricLossOptimized, PartialSelectiveLoss
 from asl.training.adaptive import AdaptiveAsymmetry
@@ -53,11 +54,44 @@ def test_the_loss_is_that_of_the_gamma_neg_before_the_step(kind):
 def test_a_batch_of_one_kind_moves_nothing(value):
     loss = adaptive()
     loss(SCORES.logit(), FULL)
-    kept = loss.state_dict()
+    before = loss.state_dict()
     loss(SCORES.logit(), torch.full(SCORES.shape, value))
     loss(torch.zeros(0, 2), torch.zeros(0, 2))
-    assert loss.state_dict() == kept
-    assert all(math.isfinite(value) for value in kept.values())
+    assert loss.state_dict() == before
+    assert all(math.isfinite(value) for value in before.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_gap_of_half_precision_logits_is_computed_in_float32(dtype):
+    logits = torch.linspace(-2, 2, 600).view(100, 6).to(dtype)
+    targets = (torch.arange(600).view(100, 6) % 7 > 4).to(torch.int8)
+    half, single = adaptive(), adaptive()
+    half(logits, targets)
+    single(logits.float(), targets)
+    assert half.gap == single.gap
+    assert half.gamma_neg == single.gamma_neg
+
+
+@pytest.mark.parametrize("kind", [AsymmetricLoss, AsymmetricLossOptimized, PartialSelectiveLoss])
+def test_no_step_waits_for_the_device(kind):
+    """A look at a value raises on device "meta" and under FakeTensorMode: there are none."""
+    loss = adaptive(kind=kind).to("meta")
+    logits = torch.empty(4, 5, device="meta", requires_grad=True)
+    for _ in range(2):  # the second step has the gamma_neg that the first computed
+        loss(logits, torch.empty(4, 5, device="meta", dtype=torch.int8)).backward()
+    assert loss.gamma_neg.is_meta
+    with FakeTensorMode():
+        loss = adaptive(kind=kind).to("cuda")
+        for _ in range(2):
+            loss(torch.empty(4, 5, device="cuda"), torch.empty(4, 5, device="cuda"))
+        assert loss.gamma_neg.is_cuda
+
+
+def test_the_state_is_gamma_neg_and_the_gap():
+    loss = adaptive(gamma_neg=3)
+    assert set(loss.state_dict()) == {"gamma_neg", "gap"}
+    assert loss.gamma_neg == 3
+    assert loss.gap.isnan()
 
 
 def test_scores_that_are_no_numbers_move_nothing():

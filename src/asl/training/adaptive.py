@@ -76,6 +76,7 @@ class AdaptiveAsymmetry(nn.Module):
         )
         gap = sums[0] / sums[1] - sums[2] / sums[3]
         moved = (self.gamma_neg + self.step * (self.target - gap)).clamp(min=0)
-        # 0 / 0 where there is nothing to compare. New tensors, as backward may need the old ones.
+        # A batch without positives or without negatives has the gap 0 / 0. The buffers get new
+        # tensors: the backward pass of this step may need the old ones.
         self.gamma_neg = torch.where(gap.isnan(), self.gamma_neg, moved)
         self.gap = torch.where(gap.isnan(), self.gap, gap)
