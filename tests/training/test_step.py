@@ -350,3 +350,15 @@ def test_it_goes_on_from_its_state_as_if_it_had_never_stopped():
         for key, tensor in tensors.items():
             assert torch.equal(other.weights()[name][key], tensor)
     assert (other.steps, other.lr) == (4, one.lr)
+
+
+@pytest.mark.parametrize(("then", "now"), [(4, 5), (5, 4)])
+def test_a_run_on_another_number_of_processes_may_have_another_number_of_steps(then, now):
+    one, images, targets = linear_training(epochs=2, steps_per_epoch=then)
+    for _ in range(then):
+        one.step(images, targets)
+    other, *_ = linear_training(epochs=2, steps_per_epoch=now)
+    other.load_state_dict(one.state_dict(), one.weights())
+    for _ in range(now):
+        other.step(images, targets)
+    assert (other.steps, other.lr) == (9, pytest.approx(1e-4 / 25 / 1e4))  # the last of 10

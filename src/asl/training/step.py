@@ -146,7 +146,11 @@ class Training:
         self.model.load_state_dict(weights["regular"])
         self.ema.module.load_state_dict(weights["ema"])
         self.optimizer.load_state_dict(deepcopy(state["optimizer"]))
-        self.schedule.load_state_dict(state["schedule"])
+        schedule = dict(state["schedule"])
+        if schedule["total_steps"] < self.schedule.total_steps:
+            # Fewer processes may have a last batch that more of them left out.
+            del schedule["total_steps"], schedule["_schedule_phases"]
+        self.schedule.load_state_dict(schedule)
         self.scaler.load_state_dict(state["scaler"])
         self.loss.load_state_dict(state["loss"])
         if self.running_prior is not None:
