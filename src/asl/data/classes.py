@@ -31,7 +31,7 @@ def match_classes(have: Sequence[str], want: Sequence[str]) -> npt.NDArray[np.in
 
     Raises `DataError` that lists what has no match, on both sides.
     """
-    rules = [(spell, _unique(have, spell)) for spell in (_exact, _loose, _canonical)]
+    rules = [(spell, _unique(have, spell)) for spell in (str, _loose, _canonical)]
     found = [
         next((unique[spell(name)] for spell, unique in rules if spell(name) in unique), None)
         for name in want
@@ -68,10 +68,6 @@ def _unique(names: Sequence[str], spell: Callable[[str], str]) -> dict[str, int]
     spelled = [spell(name) for name in names]
     count = Counter(spelled)
     return {name: position for position, name in enumerate(spelled) if count[name] == 1}
-
-
-def _exact(name: str) -> str:
-    return name
 
 
 def _loose(name: str) -> str:

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
+import polars as pl
 from tqdm import tqdm
 
 from asl.data.annotations import Annotations
@@ -21,22 +21,23 @@ def identical_files(splits: Sequence[Annotations]) -> list[tuple[str, str]]:
 
     Memory: about 50 bytes an image. Raises `DataError` for a file that cannot be read.
     """
-    split = np.repeat(np.arange(len(splits)), [len(each) for each in splits])
-    row = np.concatenate([np.arange(len(each)) for each in splits])
+    images = pl.concat(
+        pl.select(split=pl.lit(number), row=pl.int_range(len(each)))
+        for number, each in enumerate(splits)
+    )
     # Each comparison reads more of a file than the one before, but only of the files that are left.
     for title, key_of in {"sizes": _size, "ends": _end, "content": _content}.items():
-        paths = (splits[int(s)].path(r) for s, r in zip(split, row, strict=True))
-        bar = tqdm(paths, f"comparing {title}", len(row), unit="img", leave=False, disable=None)
-        keys = np.fromiter((_read_key(key_of, path) for path in bar), np.int64, len(row))
-        _, first, group = np.unique(keys, return_index=True, return_inverse=True)
-        elsewhere = split != split[first][group]
-        left = (np.bincount(group[elsewhere], minlength=len(first)) > 0)[group]
-        split, row, keys = split[left], row[left], keys[left]
+        paths = (splits[s].path(r) for s, r, *_ in images.iter_rows())
+        bar = tqdm(paths, f"comparing {title}", len(images), unit="img", leave=False, disable=None)
+        keys = pl.Series((_read_key(key_of, path) for path in bar), dtype=pl.Int64)
+        images = images.with_columns(key=keys).filter(
+            pl.col("split").min().over("key") != pl.col("split").max().over("key")
+        )
 
     pairs = []
     split_of: dict[str, int] = {}
     first_of: dict[int, str] = {}
-    for s, r, key in zip(split.tolist(), row.tolist(), keys.tolist(), strict=True):
+    for s, r, key in images.iter_rows():
         path = splits[s].path(r)
         if path not in split_of:
             split_of[path] = s

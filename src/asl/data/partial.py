@@ -21,23 +21,19 @@ def simulate(annotations: Annotations, scheme: str, seed: int) -> Annotations:
 
     Raises `UsageError` for any other scheme.
     """
-    name, _, amount = scheme.partition(":")
+    name, _, text = scheme.partition(":")
+    try:
+        amount = float(text)
+    except ValueError:
+        amount = -1
     if name == "fpc":
-        try:
-            n = int(amount)
-        except ValueError:
-            n = 0
-        if n < 1:
+        if amount < 1 or not amount.is_integer():
             raise UsageError(f"{scheme!r}: fpc takes a whole number from 1 on, as in fpc:1000")
-        return fixed_per_class(annotations, n, seed)
+        return fixed_per_class(annotations, int(amount), seed)
     if name == "rps":
-        try:
-            p = float(amount)
-        except ValueError:
-            p = -1
-        if not 0 <= p < 1:
+        if not 0 <= amount < 1:
             raise UsageError(f"{scheme!r}: rps takes a number from 0 to below 1, as in rps:0.5")
-        return random_per_sample(annotations, p, seed)
+        return random_per_sample(annotations, amount, seed)
     raise UsageError(f"there is no simulation {scheme!r}: choose fpc:N or rps:P")
 
 
@@ -50,9 +46,8 @@ def fixed_per_class(annotations: Annotations, n: int, seed: int) -> Annotations:
     keeps.
     """
 
-    def choose(random: np.random.Generator, present: Rows, absent: Rows) -> tuple[Rows, Rows]:
-        count = min(n, len(present))
-        return random.permutation(present)[:count], random.permutation(absent)[:count]
+    def choose(random: np.random.Generator, present: Rows, absent: Rows) -> list[Rows]:
+        return [random.permutation(rows)[: min(n, len(present))] for rows in (present, absent)]
 
     return _with_cells(annotations, seed, choose)
 
@@ -60,11 +55,8 @@ def fixed_per_class(annotations: Annotations, n: int, seed: int) -> Annotations:
 def random_per_sample(annotations: Annotations, p: float, seed: int) -> Annotations:
     """RPS: hide every cell with probability `p`, independently of all others."""
 
-    def choose(random: np.random.Generator, present: Rows, absent: Rows) -> tuple[Rows, Rows]:
-        return (
-            present[random.random(len(present)) >= p],
-            absent[random.random(len(absent)) >= p],
-        )
+    def choose(random: np.random.Generator, *known: Rows) -> list[Rows]:
+        return [rows[random.random(len(rows)) >= p] for rows in known]
 
     return _with_cells(annotations, seed, choose)
 
@@ -72,7 +64,7 @@ def random_per_sample(annotations: Annotations, p: float, seed: int) -> Annotati
 def _with_cells(
     annotations: Annotations,
     seed: int,
-    choose: Callable[[np.random.Generator, Rows, Rows], tuple[Rows, Rows]],
+    choose: Callable[[np.random.Generator, Rows, Rows], list[Rows]],
 ) -> Annotations:
     """Only the cells that `choose` picks, for a class from its present rows and its absent rows."""
     chosen = [

@@ -99,16 +99,13 @@ def _in_both(val: Annotations, train: Annotations) -> npt.NDArray[np.bool_]:
 
     Links are followed to the roots, not below them. Costs 2 s for 125,000 and 1.7 million files.
     """
-    shared = np.zeros(len(val), dtype=bool)
     val_root, train_root = (os.path.realpath(each.root) for each in (val, train))
     above = os.path.commonpath([val_root, train_root])
-    if above in (val_root, train_root):  # else no name is in both, as in train2014/ and val2014/
-        names = _names_from(above, val_root, val.files)
-        order = np.argsort(names)
-        others = _names_from(above, train_root, train.files)
-        found = np.searchsorted(names, others, sorter=order).clip(max=len(val) - 1)
-        shared[order[found[names[order[found]] == others]]] = True
-    return shared
+    if above not in (val_root, train_root):  # no name is in both, as in train2014/ and val2014/
+        return np.zeros(len(val), dtype=bool)
+    names = _names_from(above, val_root, val.files)
+    others = _names_from(above, train_root, train.files)
+    return np.isin(names, others, assume_unique=True)  # a split has each file once
 
 
 def _names_from(above: str, root: str, files: npt.NDArray[np.bytes_]) -> npt.NDArray[np.bytes_]:
