@@ -39,7 +39,7 @@ def splits(root: Path) -> list[str]:
     """The splits of the CSV, or those that have an image list."""
     path = _csv(root)
     if path:
-        return sorted(_read_csv(path).cells["split_name"].unique())
+        return sorted(read_table(path).column("split_name").unique())
     lists = root / "ImageList"
     return [split for split, name in ORIGINAL.items() if (lists / f"{name}Imagelist.txt").is_file()]
 
@@ -70,35 +70,24 @@ def _csv(root: Path) -> Path | None:
     return paths[0] if paths else None
 
 
-def _read_csv(path: Path) -> Table:
-    table = read_table(path)
-    existing = table.cells.columns
-    for column in ("filepath", "label", "split_name"):
-        if column not in existing:
-            raise DataError(f"{path} has no column {column}, only: {', '.join(existing)}")
-        for row in table.cells[column].is_null().arg_true()[:1]:
-            raise DataError(f"{table.place(row)}, column {column}: a cell is empty")
-    return table
-
-
 def _zoo(paths: list[Path], split: str, folder: Path) -> Annotations:
-    table = _read_csv(paths[0])
-    chosen = (table.cells["split_name"] == split).arg_true()
+    table = read_table(paths[0])
+    files, texts, split_names = map(table.column, ("filepath", "label", "split_name"))
+    chosen = (split_names == split).arg_true()
     if chosen.is_empty():
-        raise no_split(split, sorted(table.cells["split_name"].unique()), paths[0])
+        raise no_split(split, sorted(split_names.unique()), paths[0])
     names: dict[str, list[str]] = {}
-    for row, text in enumerate(table.cells["label"]):
+    for row, text in enumerate(texts):
         if text not in names:
             names[text] = _names(text, table, row)
     # The classes are those of all splits.
     classes = sorted({name for label in names.values() for name in label})
     column_of = {name: column for column, name in enumerate(classes)}
-    labels = [names[text] for text in table.cells["label"][chosen]]
+    labels = [names[text] for text in texts[chosen]]
     columns = [column_of[name] for label in labels for name in label]
-    files = table.cells["filepath"][chosen].to_list()
     return Annotations.from_cells(
         folder,
-        image_names(files, folder, lambda row: table.place(chosen[row])),
+        image_names(files[chosen].to_list(), folder, lambda row: table.place(chosen[row])),
         tuple(classes),
         np.repeat(np.arange(len(labels)), [len(label) for label in labels]),
         columns,

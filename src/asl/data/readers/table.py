@@ -7,13 +7,14 @@ b.jpg,                      b.jpg,0,
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import polars as pl
 from polars.exceptions import PanicException, PolarsError
-from polars.selectors import by_dtype
 
 from asl.data.annotations import ABSENT, PRESENT, UNANNOTATED, Annotations
 from asl.data.files import image_names, no_split, not_found, read_rows, unreadable
@@ -23,7 +24,6 @@ SPLIT_NAMES = ("train", "val", "valid", "test")  # a single table of such a name
 PATH_COLUMNS = ("path", "file", "file_name", "filename", "filepath", "image")
 # What people call a column that holds names of classes, in lower case; only "labels" is read so.
 LIKE_LABELS = ("label", "labels", "tag", "tags", "class", "classes")
-MARK_TYPES = (pl.String, pl.Boolean, pl.Null)  # of a column that is a class, beside numbers
 
 
 class Table(NamedTuple):
@@ -36,6 +36,19 @@ class Table(NamedTuple):
     def place(self, index: int) -> str:
         """Where the row with this index stands in the file."""
         return f"{self.path}: row {self.rows[index]}"
+
+    def column(self, *names: str) -> pl.Series:
+        """The first of these columns that the table has, as text.
+
+        Raises `DataError` if it has none of them, or for a cell that is empty.
+        """
+        name = next((name for name in names if name in self.cells.columns), None)
+        if name is None:
+            wanted, existing = " or ".join(names), ", ".join(self.cells.columns)
+            raise DataError(f"{self.path} has no column {wanted}, only: {existing}")
+        column = _text(self.cells[name], self.path)
+        _check(column, column.is_not_null(), "a cell is empty", self)
+        return column
 
 
 def table(
@@ -147,10 +160,9 @@ def _read_parquet(path: Path) -> pl.DataFrame:
         try:
             arrow = ParquetFile(file).read()
             arrow.validate(full=True)
-            cells = pl.DataFrame(arrow)
+            return pl.DataFrame(arrow)
         except (ArrowException, OSError, UnicodeError, PolarsError, PanicException) as error:
             raise DataError(f"{path} cannot be read: {error}") from None
-    return cells.with_columns(by_dtype(pl.Categorical, pl.Enum).cast(pl.String))
 
 
 def _read_all(paths: list[Path]) -> list[Table]:
@@ -171,25 +183,20 @@ def _read_all(paths: list[Path]) -> list[Table]:
 
 def _place(tables: Sequence[Table], index: int) -> str:
     """Where a row of the tables, counted through all of them, stands."""
-    for table in tables:
-        if index < len(table.rows):
-            return table.place(index)
-        index -= len(table.rows)
-    raise IndexError(index)
+    places = (table.place(row) for table in tables for row in range(len(table.rows)))
+    return next(islice(places, index, None))
 
 
 def _read(path: Path) -> Table:
     """A table with the columns path, split if it has one, and labels (names) or classes (Int8)."""
     table = read_table(path)
-    name = next((name for name in PATH_COLUMNS if name in table.cells.columns), None)
-    if name is None:
-        usual, found = " or ".join(PATH_COLUMNS), ", ".join(table.cells.columns)
-        raise DataError(f"{path} has no column {usual}, only: {found}")
-    cells = table.cells.rename({name: "path"})
-    keys = [_key(cells[key], table) for key in ("path", "split") if key in cells.columns]
-    if "labels" in cells.columns:
-        return table._replace(cells=pl.DataFrame([*keys, _names(cells["labels"], path)]))
-    columns = cells.drop([key.name for key in keys]).get_columns()
+    keys = [table.column(*PATH_COLUMNS)]
+    if "split" in table.cells.columns:
+        keys.append(table.column("split"))
+    columns = table.cells.drop([key.name for key in keys]).get_columns()
+    keys[0] = keys[0].alias("path")
+    if "labels" in table.cells.columns:
+        return table._replace(cells=pl.DataFrame([*keys, _names(table.cells["labels"], path)]))
     if len(columns) == 1 and columns[0].name.lower() in LIKE_LABELS:
         raise DataError(
             f"{path}: column {columns[0].name} would be the only class: call it labels if it holds "
@@ -198,25 +205,15 @@ def _read(path: Path) -> Table:
     return table._replace(cells=pl.DataFrame([*keys, *(_marks(each, table) for each in columns)]))
 
 
-def _key(column: pl.Series, table: Table) -> pl.Series:
-    """A column that says something in every row, as text."""
-    column = _text(column, table.path)
-    _check(column, column.is_not_null(), "a cell is empty", table)
-    return column
-
-
 def _marks(column: pl.Series, table: Table) -> pl.Series:
     """The column of a class: 1, 0, -1 or null, as Int8."""
     name = column.name
     if name.endswith("_duplicated_0"):  # Polars has renamed it
         name = name.removesuffix("_duplicated_0")
         raise DataError(f"{table.path}: column {name} is there twice")
-    if not (column.dtype.is_numeric() or column.dtype in MARK_TYPES):
-        raise _wrong_type(column, table.path)
-    marks = column
-    if column.dtype == pl.String:
-        marks = column.str.to_lowercase().replace({"true": "1", "false": "0"})
-    marks = marks.cast(pl.Float64, strict=False)
+    column = _text(column, table.path)
+    lower = column.str.to_lowercase().replace({"true": "1", "false": "0"})
+    marks = lower.cast(pl.Float64, strict=False)
     known = column.is_null() | marks.is_in([1.0, 0.0, -1.0]).fill_null(False)
     _check(column, known, f"{{!r}} is not 1, 0, -1 or empty{_hint(name)}", table)
     return marks.cast(pl.Int8)
@@ -234,18 +231,12 @@ def _hint(column: str) -> str:
     return ". Names of classes belong in a column called labels" if like_labels else ""
 
 
-def _wrong_type(column: pl.Series, path: Path) -> DataError:
-    message = f"{path}: column {column.name} is of type {column.dtype}: use text or numbers"
-    return DataError(message + _hint(column.name))
-
-
 def _text(column: pl.Series, path: Path) -> pl.Series:
-    try:
-        if not column.dtype.is_nested():
+    if not column.dtype.is_nested():
+        with suppress(PolarsError):  # bytes that are not UTF-8
             return column.cast(pl.String)
-    except PolarsError:  # bytes that are not UTF-8
-        pass
-    raise _wrong_type(column, path)
+    message = f"{path}: column {column.name} is of type {column.dtype}: use text or numbers"
+    raise DataError(message + _hint(column.name))
 
 
 def _names(labels: pl.Series, path: Path) -> pl.Series:
