@@ -42,13 +42,10 @@ def voc(root: Path, split: str, *, difficult: str = "present") -> Annotations:
         table[:, column] = [label_of[marks[image]] for image in images]
     rows, columns = np.nonzero(table != ABSENT)
     year = paths[0].parents[2]
+    files = [f"JPEGImages/{image}.jpg" for image in images]
     return Annotations.from_cells(
         year,
-        image_names(
-            [f"JPEGImages/{image}.jpg" for image in images],
-            year,
-            lambda row: f"{paths[0]}: image {row + 1}",
-        ),
+        image_names(files, year, lambda row: f"{paths[0]}: image {row + 1}"),
         tuple(path.stem.removesuffix(f"_{split}") for path in paths),
         rows,
         columns,
@@ -58,17 +55,15 @@ def voc(root: Path, split: str, *, difficult: str = "present") -> Annotations:
 
 def splits(root: Path) -> list[str]:
     """The splits that have label files."""
-    return sorted({path.stem.rpartition("_")[2] for path in _label_files(root)})
+    return sorted({path.stem.rpartition("_")[2] for path in _lists(root).glob("*_*.txt")})
 
 
 def sources(root: Path, split: str, **_: object) -> list[Path]:
     """The label files of a split, in the order of the classes."""
-    files = _label_files(root)
-    lists = _year(root) / "ImageSets" / "Main"
-    paths = [
-        lists / f"{name}_{split}.txt" for name in sorted({f.stem.rpartition("_")[0] for f in files})
-    ]
-    missing = [path for path in paths if path not in files]
+    lists = _lists(root)
+    classes = sorted({path.stem.rpartition("_")[0] for path in lists.glob("*_*.txt")})
+    paths = [lists / f"{name}_{split}.txt" for name in classes]
+    missing = [path for path in paths if not path.is_file()]
     if len(missing) == len(paths):
         raise no_split(split, splits(root), lists / f"<class>_{split}.txt")
     if missing:
@@ -76,18 +71,15 @@ def sources(root: Path, split: str, **_: object) -> list[Path]:
     return paths
 
 
-def _year(root: Path) -> Path:
+def _lists(root: Path) -> Path:
+    """The folder of the label files."""
     folders = [root, *sorted(root.glob("VOC2*")), *sorted(root.glob("VOCdevkit/VOC2*"))]
     years = [folder for folder in folders if (folder / "ImageSets" / "Main").is_dir()]
     if not years:
         raise not_found(root / "VOC2007" / "ImageSets" / "Main")
     if len(years) > 1:
         raise UsageError(f"{root} holds several years, name one: {', '.join(map(str, years))}")
-    return years[0]
-
-
-def _label_files(root: Path) -> list[Path]:
-    return list((_year(root) / "ImageSets" / "Main").glob("*_*.txt"))
+    return years[0] / "ImageSets" / "Main"
 
 
 def _read(path: Path) -> dict[str, str]:
