@@ -4,13 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from asl.config import parse
-from asl.data.annotations import PRESENT
 from asl.data.readers import read
 from asl.errors import DataError, TrainingError, UsageError
 from asl.evaluation import score as scoring
@@ -384,49 +382,6 @@ def test_images_are_normalised_as_the_model_was_trained(
     assert images.dtype == torch.float32
     assert images.min() == pytest.approx(-1, abs=0.05)  # mean and deviation of 0.5
     assert images.max() == pytest.approx(1, abs=0.05)
-
-
-def test_the_scores_of_rows_and_classes_stay_in_order(settings, measuring, small_shapes, tmp_path):
-    run = fit(settings(small_shapes, tmp_path / "run", stop_epoch=1))
-    saved = checkpoint.load(run / "last.pt")
-    assert list(saved["idx_to_class"].values()) == list(
-        read("coco", small_shapes, "val2014").classes
-    )
-    config = measuring(small_shapes, run / "last.pt")
-    scorer = scoring.Scorer.load(config.model, config.images, config.run, torch.device("cpu"))
-    val = read("coco", small_shapes, "val2014")
-    scores = scorer.scores(val, "")
-    backwards = scorer.scores(val.subset(np.arange(len(val))[::-1]), "")
-    torch.testing.assert_close(backwards.flip(0), scores)
-    assert (val.dense() == PRESENT).shape == scores.shape
-
-
-def test_the_threshold_itself_is_not_predicted(settings, labelling, small_shapes, tmp_path):
-    from asl.evaluation.predict import predict
-
-    run = fit(settings(small_shapes, tmp_path / "run", stop_epoch=1))
-    config = labelling(small_shapes / "val2014", run / "last.pt", top_k=24)
-    scorer = scoring.Scorer.load(config.model, config.images, config.run, torch.device("cpu"))
-    [score] = {scorer.scores(read("coco", small_shapes, "val2014"), "")[0, 3].item()}
-    name = read("coco", small_shapes, "val2014").classes[3]
-    first = predict(config.with_settings(threshold=score))[0]
-    assert not next(x for x in first["labels"] if x["name"] == name)["predicted"]
-    first = predict(config.with_settings(threshold=np.nextafter(np.float32(score), 0).item()))[0]
-    assert next(x for x in first["labels"] if x["name"] == name)["predicted"]
-
-
-def test_half_precision_is_for_large_tables_of_scores_alone(
-    settings, measuring, small_shapes, tmp_path, monkeypatch
-):
-    run = fit(settings(small_shapes, tmp_path / "run", stop_epoch=1))
-    config = measuring(small_shapes, run / "last.pt")
-    scorer = scoring.Scorer.load(config.model, config.images, config.run, torch.device("cpu"))
-    val = read("coco", small_shapes, "val2014")
-    assert scorer.scores(val, "").dtype == torch.float32
-    monkeypatch.setattr(scoring, "HALF_ABOVE", 20 * 24)
-    assert scorer.scores(val, "").dtype == torch.float32
-    monkeypatch.setattr(scoring, "HALF_ABOVE", 20 * 24 - 1)
-    assert scorer.scores(val, "").dtype == torch.float16
 
 
 def test_a_run_is_due_and_validated_by_its_settings(tmp_path):

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from asl.data.annotations import PRESENT, UNANNOTATED
 from asl.data.partial import simulate
@@ -159,3 +160,18 @@ def test_simulation_keeps_the_positives_that_it_says(small_shapes):
     full = read("coco", small_shapes, "train2014")
     left = simulate(full, "fpc:3", seed=0)
     assert left.counts(PRESENT).tolist() == [min(3, n) for n in full.counts(PRESENT)]
+
+
+def test_difficult_objects_that_are_ignored_are_cells_that_are_not_annotated(partial, tmp_path):
+    lists, images = tmp_path / "VOC2007/ImageSets/Main", tmp_path / "VOC2007/JPEGImages"
+    lists.mkdir(parents=True)
+    images.mkdir()
+    for split, marks in {"train": ("1", "0", "-1"), "val": ("-1", "1", "1")}.items():
+        for name, order in {"cat": marks, "dog": marks[::-1]}.items():
+            lines = "".join(f"{split}{i} {mark}\n" for i, mark in enumerate(order))
+            (lists / f"{name}_{split}.txt").write_text(lines)
+        for i in range(3):
+            Image.new("RGB", (40, 30), (80 * i, 60, 30)).save(images / f"{split}{i}.jpg")
+    voc = {"dataset": "voc", "train_difficult": "ignore", "model_name": "test_vit"}
+    [row] = rows_of(fit(partial(tmp_path, tmp_path / "run", batch_size=3, **voc)))
+    assert row["loss"] > 0
