@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -96,16 +97,15 @@ def read(
     for name in options.keys() - {*reader.options}:
         known = ", ".join(reader.options) or "none"
         raise UsageError(f"data set {dataset} has no option {name!r}, only: {known}")
+    parse = partial(reader.read, root, split, **options)
     if cache_dir is None:
-        annotations = reader.read(root, split, **options)
+        annotations = parse()
     else:
         request = [dataset, str(root), split, options]
         name = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:12]
-        annotations = cached(
-            lambda: reader.read(root, split, **options),
-            cache_dir / f"{dataset}-{name}.npz",
-            [reader.version, request, fingerprint(reader.sources(root, split, **options))],
-        )
+        sources = fingerprint(reader.sources(root, split, **options))
+        path = cache_dir / f"{dataset}-{name}.npz"
+        annotations = cached(parse, path, [reader.version, request, sources])
     unseen = [annotations.classes[c] for c in (annotations.counts(PRESENT) == 0).nonzero()[0]]
     if unseen:
         named = ", ".join(unseen[:3]) + ", ..." * (len(unseen) > 3)

@@ -76,7 +76,8 @@ def coco(
     path, folder = sources(root, split, image_folder=image_folder)
     data = _decode(path)
     column_of = _positions([c.id for c in data.categories], f"{path}: categories", "id")
-    _positions([c.name for c in data.categories], f"{path}: categories", "name")
+    classes = [c.name for c in data.categories]
+    _positions(classes, f"{path}: categories", "name")
     position_of = _positions([image.id for image in data.images], f"{path}: images", "id")
     owners = [o.image_id for o in data.annotations]
     positions = _look_up(owners, position_of, lambda i: f"{path}: annotations[{i}].image_id")
@@ -86,6 +87,11 @@ def coco(
         raise DataError(f"{path}: annotations is empty, no image has a label")
     row_of = {image.id: row for row, image in enumerate(images)}
     absent = [(image.id, c) for image in images for c in image.neg_category_ids or ()]
+    seen = [o.category_id for o in data.annotations]
+    columns = _look_up(seen, column_of, lambda i: f"{path}: annotations[{i}].category_id")
+    unseen = [category for _, category in absent]
+    place = f"{path}: neg_category_ids of image"
+    columns += _look_up(unseen, column_of, lambda i: f"{place} {absent[i][0]!r}")
     return Annotations.from_cells(
         folder,
         image_names(
@@ -93,18 +99,9 @@ def coco(
             folder,
             lambda row: f"{path}: images[{position_of[images[row].id]}].file_name",
         ),
-        tuple(category.name for category in data.categories),
+        tuple(classes),
         [row_of[image] for image in owners] + [row_of[image] for image, _ in absent],
-        _look_up(
-            [o.category_id for o in data.annotations],
-            column_of,
-            lambda i: f"{path}: annotations[{i}].category_id",
-        )
-        + _look_up(
-            [category for _, category in absent],
-            column_of,
-            lambda i: f"{path}: neg_category_ids of image {absent[i][0]!r}",
-        ),
+        columns,
         [PRESENT] * len(owners) + [ABSENT] * len(absent),
         implied=ABSENT if all(i.neg_category_ids is None for i in images) else UNANNOTATED,
     )
