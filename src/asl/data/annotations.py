@@ -54,7 +54,8 @@ class Annotations:
         """Build from known cells in any order; of a cell given twice, the largest value stays.
 
         So "present" wins over "absent", and both over "not annotated": several objects of one
-        class, or several annotators of one image, are the usual reasons for repetition.
+        class, or several annotators of one image, are the usual reasons for repetition. `values`
+        may be a single one for all cells.
         """
         # Each cell becomes one number, so that one sort in place puts the cells in order, and the
         # largest value of a repeated cell first. A lexsort of three arrays takes longer and copies

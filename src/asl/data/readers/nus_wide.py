@@ -12,10 +12,12 @@ import ast
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
+import polars as pl
 
 from asl.data.annotations import PRESENT, Annotations
 from asl.data.files import image_names, no_split, not_found, read_lines
-from asl.data.readers.table import Table, read_table
+from asl.data.readers.table import Table, annotations_of, read_table
 from asl.errors import DataError, UsageError
 
 ORIGINAL = {"train": "Train", "val": "Test"}  # what the zoo calls val is the original's test set
@@ -73,26 +75,13 @@ def _csv(root: Path) -> Path | None:
 def _zoo(paths: list[Path], split: str, folder: Path) -> Annotations:
     table = read_table(paths[0])
     files, texts, split_names = map(table.column, ("filepath", "label", "split_name"))
-    chosen = (split_names == split).arg_true()
-    if chosen.is_empty():
-        raise no_split(split, sorted(split_names.unique()), paths[0])
     names: dict[str, list[str]] = {}
     for row, text in enumerate(texts):
         if text not in names:
             names[text] = _names(text, table, row)
-    # The classes are those of all splits.
-    classes = sorted({name for label in names.values() for name in label})
-    column_of = {name: column for column, name in enumerate(classes)}
-    labels = [names[text] for text in texts[chosen]]
-    columns = [column_of[name] for label in labels for name in label]
-    return Annotations.from_cells(
-        folder,
-        image_names(files[chosen].to_list(), folder, lambda row: table.place(chosen[row])),
-        tuple(classes),
-        np.repeat(np.arange(len(labels)), [len(label) for label in labels]),
-        columns,
-        np.full(len(columns), PRESENT),
-    )
+    labels = pl.Series([names[text] for text in texts], dtype=pl.List(pl.String))
+    cells = pl.DataFrame({"path": files, "split": split_names, "labels": labels})
+    return annotations_of([table._replace(cells=cells)], split, paths[0], folder)
 
 
 def _names(text: str, table: Table, row: int) -> list[str]:
@@ -110,22 +99,23 @@ def _original(paths: list[Path], split: str, folder: Path) -> Annotations:
     names = [line.strip().replace("\\", "/") for line in read_lines(image_list)]
     if not names:
         raise DataError(f"{image_list} is empty")
-    rows = [_positives(path, len(names)) for path in concepts]
+    columns, rows = np.nonzero([_marks(path, len(names)) for path in concepts])
     return Annotations.from_cells(
         folder,
         image_names(names, folder, lambda row: f"{image_list}: line {row + 1}"),
         tuple(path.stem.split("_")[1] for path in concepts),
-        np.concatenate(rows),
-        np.repeat(np.arange(len(rows)), [len(row) for row in rows]),
-        np.full(sum(map(len, rows)), PRESENT),
+        rows,
+        columns,
+        PRESENT,
     )
 
 
-def _positives(path: Path, images: int) -> list[int]:
+def _marks(path: Path, images: int) -> npt.NDArray[np.bool_]:
+    """Which of the images have the concept of a file: (N,) bool."""
     marks = [line.strip() for line in read_lines(path)]
     if len(marks) != images:
         raise DataError(f"{path} has {len(marks)} lines for {images} images")
     if not {*marks} <= {"0", "1"}:
         line = next(line for line, mark in enumerate(marks, 1) if mark not in ("0", "1"))
         raise DataError(f"{path}: line {line}: {marks[line - 1]!r} is not 1 or 0")
-    return [row for row, mark in enumerate(marks) if mark == "1"]
+    return np.array([mark == "1" for mark in marks])

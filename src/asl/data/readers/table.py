@@ -72,33 +72,11 @@ def table(
     """
     *paths, folder = sources(root, split, image_folder=image_folder)
     tables = _read_all(paths)
-    every = pl.concat([table.cells for table in tables], how="diagonal")
-    if "split" not in every.columns:
-        drawn = [
-            "val" if _draw(name, split_seed) < val_share else "train" for name in every["path"]
-        ]
-        every = every.with_columns(split=pl.Series(drawn, dtype=pl.String))
-    chosen = (every["split"] == split).arg_true()
-    if chosen.is_empty():
-        raise no_split(split, sorted(every["split"].unique()), root)
-    frame = every[chosen]
-    files = image_names(frame["path"].to_list(), folder, lambda row: _place(tables, chosen[row]))
-    if "labels" in every.columns:
-        classes = sorted(every["labels"].explode().drop_nulls().unique())
-        rows = np.repeat(np.arange(len(frame)), frame["labels"].list.len())
-        names = frame["labels"].explode().drop_nulls()
-        columns = names.cast(pl.Enum(classes)).to_physical().to_numpy()
-        values, implied = np.full(len(rows), PRESENT), ABSENT
-    else:
-        classes = [name for name in every.columns if name not in ("path", "split")]
-        labels = frame.select(classes).fill_null(UNANNOTATED).to_numpy()
-        # Either value may be the implied one: it is a matter of memory, not of meaning.
-        implied = max(ABSENT, UNANNOTATED, key=lambda label: np.count_nonzero(labels == label))
-        rows, columns = np.nonzero(labels != implied)
-        values = labels[rows, columns]
-    if not classes:
-        raise DataError(f"{paths[0]} has no class: give it names in `labels`, or a column for each")
-    return Annotations.from_cells(folder, files, tuple(classes), rows, columns, values, implied)
+    if "split" not in tables[0].cells.columns:
+        draws = (_draw(name, split_seed) for name in tables[0].cells["path"])
+        drawn = pl.Series("split", ["val" if draw < val_share else "train" for draw in draws])
+        tables = [tables[0]._replace(cells=tables[0].cells.with_columns(drawn))]
+    return annotations_of(tables, split, root, folder)
 
 
 def splits(root: Path) -> list[str]:
@@ -115,6 +93,37 @@ def sources(root: Path, split: str, *, image_folder: str = "", **_: object) -> l
     if not paths:
         raise not_found(root if root.suffix else root / "labels.csv")
     return [*paths, paths[0].parent / image_folder]
+
+
+def annotations_of(tables: Sequence[Table], split: str, root: Path, folder: Path) -> Annotations:
+    """The images of a split of `root`, which are in `folder`, with the classes of all tables.
+
+    The tables have the columns path and split (text), and labels (lists of names) or classes
+    (Int8).
+    """
+    every = pl.concat([table.cells for table in tables], how="diagonal")
+    chosen = (every["split"] == split).arg_true()
+    if chosen.is_empty():
+        raise no_split(split, sorted(every["split"].unique()), root)
+    frame = every[chosen]
+    files = image_names(frame["path"].to_list(), folder, lambda row: _place(tables, chosen[row]))
+    if "labels" in every.columns:
+        classes = sorted(every["labels"].explode().drop_nulls().unique())
+        rows = np.repeat(np.arange(len(frame)), frame["labels"].list.len())
+        names = frame["labels"].explode().drop_nulls()
+        columns = names.cast(pl.Enum(classes)).to_physical().to_numpy()
+        values, implied = np.array(PRESENT), ABSENT
+    else:
+        classes = [name for name in every.columns if name not in ("path", "split")]
+        labels = frame.select(classes).fill_null(UNANNOTATED).to_numpy()
+        # Either value may be the implied one: it is a matter of memory, not of meaning.
+        implied = max(ABSENT, UNANNOTATED, key=lambda label: np.count_nonzero(labels == label))
+        rows, columns = np.nonzero(labels != implied)
+        values = labels[rows, columns]
+    if not classes:
+        file = tables[0].path
+        raise DataError(f"{file} has no class: give it names in `labels`, or a column for each")
+    return Annotations.from_cells(folder, files, tuple(classes), rows, columns, values, implied)
 
 
 def read_table(path: Path) -> Table:
