@@ -10,7 +10,6 @@ train/000026e7ee790996.jpg
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
 from asl.data.annotations import UNANNOTATED, Annotations
@@ -58,9 +57,10 @@ def openimages(
     if cells.is_empty():
         raise DataError(f"{human} has no label of the classes of {listed}")
     images = cells["image"].unique().sort().to_numpy()
+    ids = np.frombuffer(images.astype(">u8").tobytes().hex().encode(), dtype="S16")
     return Annotations.from_cells(
         folder,
-        np.char.add(_hexadecimal(images), b".jpg"),
+        np.char.add(ids, b".jpg"),
         tuple(classes),
         np.searchsorted(images, cells["image"].to_numpy()),
         cells["column"].to_numpy(),
@@ -71,7 +71,7 @@ def openimages(
 
 def splits(root: Path) -> list[str]:
     """The splits that have a file of human-verified labels."""
-    paths = [path for folder in _folders(root) for path in folder.glob(f"*{HUMAN}")]
+    paths = [*root.glob(f"*{HUMAN}"), *root.glob(f"annotations/*{HUMAN}")]
     return sorted({path.name.removeprefix("oidv6-").removesuffix(HUMAN) for path in paths})
 
 
@@ -92,12 +92,8 @@ def sources(
     return [*paths, root / (image_folder or split)]
 
 
-def _folders(root: Path) -> tuple[Path, Path]:
-    return root, root / "annotations"
-
-
 def _find(root: Path, name: str) -> Path:
-    for folder in _folders(root):
+    for folder in (root, root / "annotations"):
         for path in (folder / name, folder / f"oidv6-{name}"):
             if path.is_file():
                 return path
@@ -135,7 +131,3 @@ def _read(path: Path, classes: list[str], at_least: float | None = None) -> pl.D
     except (pl.exceptions.PolarsError, OSError) as error:
         raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
     raise DataError(f"{path}: row {row}: not a label: {','.join(map(str, texts))!r}")
-
-
-def _hexadecimal(ids: npt.NDArray[np.uint64]) -> npt.NDArray[np.bytes_]:
-    return np.frombuffer(ids.astype(">u8").tobytes().hex().encode(), dtype="S16")

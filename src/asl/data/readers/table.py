@@ -82,9 +82,10 @@ def table(
 def splits(root: Path) -> list[str]:
     """The splits of a table or folder of tables; "train" and "val" where they are to be drawn."""
     *paths, _ = sources(root, "")
-    columns = [table.cells.get_column("split", default=None) for table in _read_all(paths)]
-    names = {name for column in columns if column is not None for name in column.unique()}
-    return sorted(names or {"train", "val"})
+    tables = [table.cells for table in _read_all(paths)]
+    if "split" not in tables[0].columns:
+        return ["train", "val"]
+    return sorted({name for cells in tables for name in cells["split"].unique()})
 
 
 def sources(root: Path, split: str, *, image_folder: str = "", **_: object) -> list[Path]:
@@ -98,15 +99,19 @@ def sources(root: Path, split: str, *, image_folder: str = "", **_: object) -> l
 def annotations_of(tables: Sequence[Table], split: str, root: Path, folder: Path) -> Annotations:
     """The images of a split of `root`, which are in `folder`, with the classes of all tables.
 
-    The tables have the columns path and split (text), and labels (lists of names) or classes
-    (Int8).
+    The tables have the columns path and split (text) and labels (lists) or classes (Int8).
     """
     every = pl.concat([table.cells for table in tables], how="diagonal")
     chosen = (every["split"] == split).arg_true()
     if chosen.is_empty():
         raise no_split(split, sorted(every["split"].unique()), root)
+
+    def place(row: int) -> str:
+        places = (table.place(index) for table in tables for index in range(len(table.rows)))
+        return next(islice(places, chosen[row], None))
+
     frame = every[chosen]
-    files = image_names(frame["path"].to_list(), folder, lambda row: _place(tables, chosen[row]))
+    files = image_names(frame["path"].to_list(), folder, place)
     if "labels" in every.columns:
         classes = sorted(every["labels"].explode().drop_nulls().unique())
         rows = np.repeat(np.arange(len(frame)), frame["labels"].list.len())
@@ -190,22 +195,16 @@ def _read_all(paths: list[Path]) -> list[Table]:
     return tables
 
 
-def _place(tables: Sequence[Table], index: int) -> str:
-    """Where a row of the tables, counted through all of them, stands."""
-    places = (table.place(row) for table in tables for row in range(len(table.rows)))
-    return next(islice(places, index, None))
-
-
 def _read(path: Path) -> Table:
     """A table with the columns path, split if it has one, and labels (names) or classes (Int8)."""
     table = read_table(path)
-    keys = [table.column(*PATH_COLUMNS)]
+    images = table.column(*PATH_COLUMNS)
+    keys = [images.alias("path")]
     if "split" in table.cells.columns:
         keys.append(table.column("split"))
-    columns = table.cells.drop([key.name for key in keys]).get_columns()
-    keys[0] = keys[0].alias("path")
     if "labels" in table.cells.columns:
         return table._replace(cells=pl.DataFrame([*keys, _names(table.cells["labels"], path)]))
+    columns = table.cells.drop(images.name, "split", strict=False).get_columns()
     if len(columns) == 1 and columns[0].name.lower() in LIKE_LABELS:
         raise DataError(
             f"{path}: column {columns[0].name} would be the only class: call it labels if it holds "
@@ -241,8 +240,9 @@ def _hint(column: str) -> str:
 
 
 def _text(column: pl.Series, path: Path) -> pl.Series:
+    """The column as text; raises `DataError` for lists, structs and bytes that are not UTF-8."""
     if not column.dtype.is_nested():
-        with suppress(PolarsError):  # bytes that are not UTF-8
+        with suppress(PolarsError):
             return column.cast(pl.String)
     message = f"{path}: column {column.name} is of type {column.dtype}: use text or numbers"
     raise DataError(message + _hint(column.name))
