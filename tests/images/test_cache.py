@@ -108,7 +108,7 @@ def test_a_data_set_may_move(annotations, folder, tmp_path):
     assert ImageCache.open(folder, moved, SIZE, workers=0).path == first.path
 
 
-@pytest.mark.parametrize("change", ["size", "order", "names", "content", "decoder"])
+@pytest.mark.parametrize("change", ["size", "order", "names", "name", "content", "decoder"])
 def test_what_changes_the_pixels_changes_the_file(annotations, folder, monkeypatch, change):
     first, size = ImageCache.open(folder, annotations, SIZE, workers=0), SIZE
     if change == "size":
@@ -117,6 +117,9 @@ def test_what_changes_the_pixels_changes_the_file(annotations, folder, monkeypat
         annotations = annotations.subset(range(N)[::-1])
     elif change == "names":
         annotations = annotations.subset(range(N - 1))
+    elif change == "name":
+        Path(annotations.path(17)).rename(annotations.root / "17b.jpg")
+        annotations = annotate(annotations.root)
     elif change == "content":
         Image.new("RGB", (8, 8)).save(annotations.path(17))
     elif change == "decoder":

@@ -297,6 +297,13 @@ def test_a_file_of_a_terabyte_is_not_read(tmp_path):
         read_image(tmp_path / "hole.jpg")
 
 
+def test_a_file_may_have_eight_bytes_a_pixel(picture, tmp_path, monkeypatch):
+    picture.save(tmp_path / "a.bmp")
+    monkeypatch.setattr(decode, "MAX_PIXELS", 0)
+    assert (tmp_path / "a.bmp").stat().st_size > 3 * 120 * 90
+    assert read_image(tmp_path / "a.bmp", max_pixels=120 * 90).shape == (3, 90, 120)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_file_without_permission_says_so(picture, tmp_path):
     picture.save(tmp_path / "a.jpg")

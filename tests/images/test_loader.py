@@ -1,6 +1,8 @@
 """Batches: order, ranks, images that cannot be read, memory that is shared and not copied."""
 
+import gc
 import logging
+import multiprocessing
 import shutil
 import subprocess
 import sys
@@ -85,6 +87,8 @@ def test_ranks_split_every_training_batch_of_one_process(count, ranks, pictures,
         assert len(batches) == len(shares[-1])
         assert batches.batch_size == 8
         assert max(map(len, shares[-1])) <= batches.batch_size_per_rank
+    for parts in zip(*shares, strict=True):
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
     together = [sorted(chain(*parts)) for parts in zip(*shares, strict=True)]
     assert together == [sorted(batch) for batch in alone][: len(together)]
 
@@ -296,6 +300,32 @@ def test_the_ranks_of_a_machine_share_the_memory_that_a_batch_needs(
     Batches(annotations, settings.replace(workers=0, image_size=8), shuffle=shuffle)
 
 
+def test_the_memory_for_targets_counts(pictures, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 10**6))
+    annotations = pictures(2)
+    settings = ImageSettings(image_size=8, workers=1, batch_size=1)
+    Batches(annotations, settings)
+    classes = tuple(f"class {i}" for i in range(600_000))
+    many = Annotations.unlabelled(annotations.root, annotations.files, classes)
+    with pytest.raises(UsageError, match="needs 1 MB"):
+        Batches(many, settings)
+
+
+def test_workers_end_with_their_batches_that_a_cycle_holds_together(pictures, capfd):
+    batches = batches_of(pictures(6), 2, workers=1)
+    before = set(multiprocessing.active_children())
+    batches.cycle = [batches, batches.epoch(0)]  # as an exception and its traceback may
+    next(batches.cycle[1])
+    [worker] = set(multiprocessing.active_children()) - before
+    del batches
+    other = batches_of(pictures(6), 2, workers=1)  # its worker inherits what nothing refers to
+    assert len(seen(other)) == 3
+    gc.collect()
+    assert not worker.is_alive()
+    assert len(seen(other)) == 3
+    assert "Exception ignored" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("end", ["", "raise SystemExit(3)", "1 / 0"])
 def test_a_process_with_workers_ends(end, pictures, tmp_path):
     """Python waits for its processes at exit, and workers ignore that it wants them to end."""
@@ -317,11 +347,19 @@ def test_a_process_with_workers_ends(end, pictures, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image_is_an_error_that_names_it(workers, pictures, capfd):
-    batches = batches_of(pictures(8, bad=[3]), 2, workers=workers)
+def test_an_unreadable_image_is_an_error_of_one_line_that_names_it(workers, pictures, capfd):
+    annotations = pictures(8, bad=[3])
+    for bad_images in ("error", "skip"):
+        options = {"augment": "none", "bad_images": bad_images}
+        with pytest.raises(DataError) as error:
+            seen(batches_of(annotations, 2, workers=workers, **options))
+        assert str(error.value).count("3.png: cannot be decoded") == 1
+        assert "Traceback" not in str(error.value) + capfd.readouterr().err
+
+
+def test_an_unreadable_image_of_a_validation_set_is_an_error(pictures):
     with pytest.raises(DataError, match=r"3\.png"):
-        seen(batches)
-    assert "Traceback" not in capfd.readouterr().err
+        seen(batches_of(pictures(200, bad=[3]), 8))
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 import numpy as np
 import numpy.typing as npt
@@ -123,6 +123,9 @@ class Batches:
         self._device_policy, self._pin_memory = policy if on_device else None, pin_memory
         self._unreadable_reported = 0
         _alive.add(self)
+        # When Python collects a cycle it closes the queues of a loader before torch can tell the
+        # workers to end, and then waits for them for ever at exit.
+        finalize(self, shut_down_workers, self._loader, os.getpid()).atexit = False
 
     def __len__(self) -> int:
         return self._sampler.steps
@@ -189,7 +192,7 @@ _alive: WeakSet[Batches] = WeakSet()
 @atexit.register
 def _stop_workers() -> None:
     for batches in _alive:
-        shut_down_workers(batches._loader)
+        shut_down_workers(batches._loader, os.getpid())
 
 
 class RankBatch(NamedTuple):
@@ -224,6 +227,9 @@ class RankSampler(Sampler[RankBatch]):
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Choose what the next iteration gives: the batches of `epoch` from number `start` on."""
         self.epoch, self.start = epoch, start
+
+    def __len__(self) -> int:
+        return self.steps - self.start
 
     def __iter__(self) -> Iterator[RankBatch]:
         epoch, order, ranks = self.epoch, np.arange(self.size), world_size()

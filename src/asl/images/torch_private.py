@@ -4,6 +4,7 @@ All uses are here, so that a release which moves one of them is met in one place
 2.14.1 and torchvision 0.29.1.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -34,7 +35,14 @@ def shared_memory(size: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(0, dtype=dtype).set_(storage)
 
 
-def shut_down_workers(loader: DataLoader[Any]) -> None:
-    """End the persistent workers of a loader, also while something still iterates over it."""
-    if loader._iterator is not None:
-        loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
+def shut_down_workers(loader: DataLoader[Any], owner: int) -> None:
+    """End the persistent workers of a loader, also while something still iterates over it.
+
+    A process forked from the `owner` of the workers has a copy of the loader: there this only keeps
+    torch from trying to end them when the copy is collected, which prints an AssertionError.
+    """
+    iterator: Any = loader._iterator
+    if iterator is not None:
+        if os.getpid() == owner:
+            iterator._shutdown_workers()
+        iterator._shutdown = True
