@@ -1,14 +1,14 @@
 """Images that stand in several splits under different names: found by what is in their files."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
 from tqdm import tqdm
 
 from asl.data.annotations import Annotations
-from asl.errors import DataError
+from asl.data.files import unreadable
 
 END = 4096  # bytes at the end of a file
 
@@ -26,10 +26,11 @@ def identical_files(splits: Sequence[Annotations]) -> list[tuple[str, str]]:
         for number, each in enumerate(splits)
     )
     # Each comparison reads more of a file than the one before, but only of the files that are left.
-    for title, key_of in {"sizes": _size, "ends": _end, "content": _content}.items():
+    for compared in ("sizes", "ends", "content"):
         paths = (splits[s].path(r) for s, r, *_ in images.iter_rows())
-        bar = tqdm(paths, f"comparing {title}", len(images), unit="img", leave=False, disable=None)
-        keys = pl.Series((_read_key(key_of, path) for path in bar), dtype=pl.Int64)
+        title = f"comparing {compared}"
+        bar = tqdm(paths, title, len(images), unit="img", leave=False, disable=None)
+        keys = pl.Series((_key(path, compared) for path in bar), dtype=pl.Int64)
         images = images.with_columns(key=keys).filter(
             pl.col("split").min().over("key") != pl.col("split").max().over("key")
         )
@@ -47,27 +48,15 @@ def identical_files(splits: Sequence[Annotations]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _read_key(key_of: Callable[[str], int], path: str) -> int:
+def _key(path: str, compared: str) -> int:
+    """A number that files have in common if they are equal in what is `compared`."""
     try:
-        return key_of(path)
+        size = Path(path).stat().st_size
+        if compared == "sizes":
+            return size
+        with Path(path).open("rb") as file:
+            file.seek(max(0, size - END) if compared == "ends" else 0)
+            digest = hashlib.file_digest(file, "sha256").digest()
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _size(path: str) -> int:
-    return Path(path).stat().st_size
-
-
-def _end(path: str) -> int:
-    with Path(path).open("rb") as file:
-        file.seek(max(0, _size(path) - END))
-        return _number(hashlib.sha256(file.read()).digest())
-
-
-def _content(path: str) -> int:
-    with Path(path).open("rb") as file:
-        return _number(hashlib.file_digest(file, "sha256").digest())
-
-
-def _number(digest: bytes) -> int:
+        raise unreadable(Path(path), error) from error
     return int.from_bytes(digest[:8], signed=True)

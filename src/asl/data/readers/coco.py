@@ -152,12 +152,10 @@ def _instances(text: mmap.mmap) -> Instances:
     content = text[3:] if text[:3] == codecs.BOM_UTF8 else text
     try:
         return decode(content)
-    except msgspec.ValidationError:
-        raise
-    except msgspec.DecodeError:
+    except msgspec.DecodeError as error:
         # NaN is not JSON, but converters write it for boxes and areas. Python's parser reads it and
         # needs several times the time and memory. Encoded again, NaN is null.
-        if not re.search(rb"NaN|Infinity", content):
+        if isinstance(error, msgspec.ValidationError) or not re.search(rb"NaN|Infinity", content):
             raise
         return decode(msgspec.json.encode(json.loads(content[:])))
 
