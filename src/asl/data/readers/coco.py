@@ -92,19 +92,15 @@ def coco(
     unseen = [category for _, category in absent]
     place = f"{path}: neg_category_ids of image"
     columns += _look_up(unseen, column_of, lambda i: f"{place} {absent[i][0]!r}")
-    return Annotations.from_cells(
+    rows = [row_of[image] for image in owners] + [row_of[image] for image, _ in absent]
+    values = [PRESENT] * len(owners) + [ABSENT] * len(absent)
+    implied = ABSENT if all(i.neg_category_ids is None for i in images) else UNANNOTATED
+    files = image_names(
+        [_file_name(image) for image in images],
         folder,
-        image_names(
-            [_file_name(image) for image in images],
-            folder,
-            lambda row: f"{path}: images[{position_of[images[row].id]}].file_name",
-        ),
-        tuple(classes),
-        [row_of[image] for image in owners] + [row_of[image] for image, _ in absent],
-        columns,
-        [PRESENT] * len(owners) + [ABSENT] * len(absent),
-        implied=ABSENT if all(i.neg_category_ids is None for i in images) else UNANNOTATED,
+        lambda row: f"{path}: images[{position_of[images[row].id]}].file_name",
     )
+    return Annotations.from_cells(folder, files, tuple(classes), rows, columns, values, implied)
 
 
 def splits(root: Path) -> list[str]:

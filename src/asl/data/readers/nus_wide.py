@@ -100,14 +100,9 @@ def _original(paths: list[Path], split: str, folder: Path) -> Annotations:
     if not names:
         raise DataError(f"{image_list} is empty")
     columns, rows = np.nonzero([_marks(path, len(names)) for path in concepts])
-    return Annotations.from_cells(
-        folder,
-        image_names(names, folder, lambda row: f"{image_list}: line {row + 1}"),
-        tuple(path.stem.split("_")[1] for path in concepts),
-        rows,
-        columns,
-        PRESENT,
-    )
+    files = image_names(names, folder, lambda row: f"{image_list}: line {row + 1}")
+    classes = tuple(path.stem.split("_")[1] for path in concepts)
+    return Annotations.from_cells(folder, files, classes, rows, columns, PRESENT)
 
 
 def _marks(path: Path, images: int) -> npt.NDArray[np.bool_]:

@@ -58,15 +58,10 @@ def openimages(
         raise DataError(f"{human} has no label of the classes of {listed}")
     images = cells["image"].unique().sort().to_numpy()
     ids = np.frombuffer(images.astype(">u8").tobytes().hex().encode(), dtype="S16")
-    return Annotations.from_cells(
-        folder,
-        np.char.add(ids, b".jpg"),
-        tuple(classes),
-        np.searchsorted(images, cells["image"].to_numpy()),
-        cells["column"].to_numpy(),
-        cells["value"].to_numpy(),
-        implied=UNANNOTATED,
-    )
+    files = np.char.add(ids, b".jpg")
+    rows = np.searchsorted(images, cells["image"].to_numpy())
+    columns, values = cells["column"].to_numpy(), cells["value"].to_numpy()
+    return Annotations.from_cells(folder, files, tuple(classes), rows, columns, values, UNANNOTATED)
 
 
 def splits(root: Path) -> list[str]:

@@ -42,15 +42,10 @@ def voc(root: Path, split: str, *, difficult: str = "present") -> Annotations:
         table[:, column] = [label_of[marks[image]] for image in images]
     rows, columns = np.nonzero(table != ABSENT)
     year = paths[0].parents[2]
-    files = [f"JPEGImages/{image}.jpg" for image in images]
-    return Annotations.from_cells(
-        year,
-        image_names(files, year, lambda row: f"{paths[0]}: image {row + 1}"),
-        tuple(path.stem.removesuffix(f"_{split}") for path in paths),
-        rows,
-        columns,
-        table[rows, columns],
-    )
+    names = [f"JPEGImages/{image}.jpg" for image in images]
+    files = image_names(names, year, lambda row: f"{paths[0]}: image {row + 1}")
+    classes = tuple(path.stem.removesuffix(f"_{split}") for path in paths)
+    return Annotations.from_cells(year, files, classes, rows, columns, table[rows, columns])
 
 
 def splits(root: Path) -> list[str]:
