@@ -22,7 +22,7 @@ from asl.distributed import (
     process_group,
     world_size,
 )
-from asl.errors import Interrupted, UsageError
+from asl.errors import UsageError
 from asl.evaluation.evaluate import epoch_figures, estimate_prior
 from asl.evaluation.pictures import curves
 from asl.evaluation.score import Scorer, progress, score_data_set
@@ -79,15 +79,11 @@ def _fit(config: TrainConfig, device: torch.device) -> Path:
     run.restore(training)
 
     with run.owned(training, train_set.classes), Interrupts() as interrupts:
-        try:
-            for epoch in range(training.epoch, config.last_epoch):
-                row = train_epoch(training, batches, run, interrupts)
-                if run.validates(epoch):
-                    row |= validate(training, val_batches, run, interrupts)
-                run.record(training, row)
-        except Interrupted:
-            run.save(training)
-            raise
+        for epoch in range(training.epoch, config.last_epoch):
+            row = train_epoch(training, batches, run, interrupts)
+            if run.validates(epoch):
+                row |= validate(training, val_batches, run, interrupts)
+            run.record(training, row)
     # The other ranks wait here: the caller may read what rank 0 has written.
     from_rank_0(lambda: curves(run.history, run.folder / "curves.png"))
     return run.folder

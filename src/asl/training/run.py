@@ -22,7 +22,7 @@ from asl.atomic import replacing
 from asl.config import RESUME_LAST, write_recipe
 from asl.data.prior import write_prior
 from asl.distributed import rank, restarts, torchrun_name
-from asl.errors import DataError, TrainingError, UsageError
+from asl.errors import DataError, Interrupted, TrainingError, UsageError
 from asl.evaluation.provenance import provenance
 from asl.evaluation.text import epoch_line
 from asl.models import checkpoint
@@ -112,7 +112,8 @@ class Run:
     def owned(self, training: Training, classes: Sequence[str]) -> Iterator[None]:
         """The folder belongs to this process inside the block; its settings are written.
 
-        Of a run that goes on, the log is written anew: it may lack the last epoch.
+        Of a run that goes on, the log is written anew: it may lack the last epoch. A block that is
+        `Interrupted` leaves its state in last.pt.
 
         Raises `UsageError` where another process has it, and `DataError` where it cannot be
         written.
@@ -142,7 +143,11 @@ class Run:
                 print(f"  {name}: {value}")
             if self.resumed:
                 self.write_log(training)
-            yield
+            try:
+                yield
+            except Interrupted:
+                self.save(training)
+                raise
 
     def validates(self, epoch: int) -> bool:
         """Whether that epoch (from 0) ends with a validation: every N-th does, and the last."""
