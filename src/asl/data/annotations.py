@@ -139,16 +139,10 @@ class Annotations:
         new_column = np.full(self.num_classes, -1, dtype=np.int32)
         new_column[np.asarray(columns)] = np.arange(len(names))
         rows = np.repeat(np.arange(len(self)), np.diff(self.indptr))
-        chosen = new_column[self.indices] >= 0
-        return self.from_cells(
-            self.root,
-            self.files,
-            tuple(names),
-            rows[chosen],
-            new_column[self.indices[chosen]],
-            self.values[chosen],
-            self.implied,
-        )
+        columns = new_column[self.indices]
+        chosen = columns >= 0
+        cells = rows[chosen], columns[chosen], self.values[chosen]
+        return self.from_cells(self.root, self.files, tuple(names), *cells, self.implied)
 
 
 def files_exist(annotations: Annotations) -> npt.NDArray[np.bool_]:

@@ -11,6 +11,7 @@ import os
 import threading
 from colorsys import hsv_to_rgb
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from functools import partial
 from multiprocessing import parent_process
 from pathlib import Path
@@ -126,16 +127,11 @@ def draw_shapes(
 def _is_complete(target: Path, info: Fields) -> bool:
     if not target.exists():
         return False
-    try:
+    with suppress(ValueError, KeyError, TypeError, RecursionError):  # of any other JSON, or of none
         found = json.loads(target.read_bytes())["info"]
-        is_ours = found["description"] == info["description"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        is_ours = False
-    if not is_ours:
-        raise DataError(
-            f"{target} is of another data set: draw the shapes in a folder of their own"
-        )
-    return bool(found == info)
+        if found["description"] == info["description"]:
+            return bool(found == info)
+    raise DataError(f"{target} is of another data set: draw the shapes in a folder of their own")
 
 
 def _end_with_parent() -> None:
