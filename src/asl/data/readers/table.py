@@ -219,9 +219,11 @@ def _marks(column: pl.Series, table: Table) -> pl.Series:
     if name.endswith("_duplicated_0"):  # Polars has renamed it
         name = name.removesuffix("_duplicated_0")
         raise DataError(f"{table.path}: column {name} is there twice")
-    column = _text(column, table.path)
-    lower = column.str.to_lowercase().replace({"true": "1", "false": "0"})
-    marks = lower.cast(pl.Float64, strict=False)
+    marks = column
+    if not column.dtype.is_numeric():
+        text = _text(column, table.path).str.to_lowercase()
+        marks = text.replace({"true": "1", "false": "0"})
+    marks = marks.cast(pl.Float64, strict=False)
     known = column.is_null() | marks.is_in([1.0, 0.0, -1.0]).fill_null(False)
     _check(column, known, f"{{!r}} is not 1, 0, -1 or empty{_hint(name)}", table)
     return marks.cast(pl.Int8)
