@@ -198,3 +198,14 @@ def test_the_command_frequencies_reads_any_data_set_and_priors_by_name(tmp_path,
     assert pixels(tmp_path / "a.png").size
     with pytest.raises(UsageError, match="2 priors for 1 schemes"):
         asl.report.main([*options, "a.csv", "b.csv"])
+
+
+def test_a_figure_stands_at_its_epoch(tmp_path):
+    def columns(epoch):
+        rows = history(9, every=100)
+        rows[epoch - 1] |= {"mAP_ema": 50.0, "mAP_regular": 60.0}
+        pictures.curves(rows, tmp_path / "a.png")
+        orange = np.abs(pixels(tmp_path / "a.png").astype(int) - [0xD5, 0x5E, 0]).max(axis=2) < 12
+        return np.flatnonzero(orange[: len(orange) // 3].any(axis=0))
+
+    assert columns(1).min() < columns(8).min() - 300

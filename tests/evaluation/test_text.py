@@ -187,3 +187,15 @@ def test_ranks_of_equal_values_are_shared():
 def test_evaluation_text_names_the_protocol_of_the_data_set():
     measured = {**figures(), "evaluated_as": "voc: difficult objects ignored"}
     assert "protocol    voc: difficult objects ignored" in evaluation_text(measured)
+
+
+def test_a_class_is_not_among_the_best_and_the_worst():
+    targets = np.zeros((4, 120), np.int8)
+    targets[0, :12] = 1  # twelve classes have an AP
+    names = [f"name {c}" for c in range(120)]
+    report = evaluation_text(
+        evaluate_scores(np.random.default_rng(0).random((4, 120)), targets, names)
+    )
+    best, worst = report.split("the 10 best classes")[1].split("the 2 worst classes")
+    listed = [line for line in (best + worst).splitlines() if line.startswith("name ")]
+    assert len(listed) == len({line[:8] for line in listed}) == 12
