@@ -1,4 +1,5 @@
 import random
+import zlib
 from collections import Counter
 from typing import get_args
 
@@ -217,6 +218,11 @@ def test_numbers_depend_on_seed_epoch_and_index_and_on_nothing_else():
     assert len({numbers.tobytes() for numbers in once}) == len(keys)
 
 
+@pytest.mark.parametrize(("policy", "checksum"), [("recipe", 0x629F22C5), ("flip", 0xAAD12B44)])
+def test_numbers_are_those_of_all_versions_which_a_resumed_run_goes_on_with(policy, checksum):
+    assert zlib.crc32(draw(policy, 7, 3, range(1000)).tobytes()) == checksum
+
+
 @pytest.mark.parametrize("policy", get_args(Policy))
 @pytest.mark.parametrize("size", [0, 1, 5])
 def test_the_numbers_of_a_batch_are_one_float32_array(policy, size):
@@ -317,3 +323,4 @@ def test_patches_are_grey_and_anywhere(drawn):
     patches = rows[rows[:, 0] == CODES["Patch"]]
     assert (patches[:, 4:] == (125, 122, 113)).all()
     assert np.ptp(patches[:, 2:4], axis=0).min() > 0.9
+    assert abs(np.corrcoef(patches[:, 2], patches[:, 3])[0, 1]) < 0.1

@@ -3,6 +3,7 @@
 import gc
 import logging
 import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -176,6 +177,13 @@ def test_an_epoch_is_entered_at_any_batch_and_augmented_alike(pictures):
         for one, other in zip(whole[start:], rest, strict=True):
             assert torch.equal(one.images, other.images)
             assert torch.equal(one.targets, other.targets)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_epoch_leaves_the_global_random_state_alone(workers, pictures):
+    state = torch.get_rng_state()
+    seen(batches_of(pictures(4), 2, augment="recipe", shuffle=True, workers=workers))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_without_augment_settings_pixels_are_those_of_the_files(pictures):
@@ -375,6 +383,7 @@ def test_a_skipped_image_is_replaced_by_the_same_other_one_each_time(
     again = batches_of(annotations, 16, **options, workers=workers)
     with caplog.at_level(logging.WARNING):
         first, second = seen(good, epoch=1), seen(again, epoch=1)
+        seen(good, epoch=2)  # which says nothing new
     assert first == second
     pictures_seen = sorted(chain(*first))
     assert len(pictures_seen) == 120
@@ -395,6 +404,22 @@ def test_a_replacement_brings_its_own_labels_and_is_drawn_by_seed_epoch_and_inde
         for bad in (7, 8):
             drawn = np.random.default_rng([seed, epoch, bad]).integers(200, size=100)
             assert found[bad] == drawn[0]
+
+
+def test_a_replacement_that_cannot_be_read_either_is_replaced_by_the_next(pictures):
+    drawn = np.random.default_rng([0, 0, 7]).integers(200, size=100).tolist()
+    options = {"augment": "none", "bad_images": "skip"}
+    [batch] = batches_of(pictures(200, bad=[7, drawn[0]]), 200, **options).epoch(0)
+    assert pictures_in(batch)[7] == drawn[1]
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "workers"), [(8, 1, 8), (64, 1, 16), (64, 8, 8), (4, 8, 1), (10, 3, 3)]
+)
+def test_the_ranks_of_a_machine_share_its_cores(cores, ranks, workers, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert loader.default_workers() == workers
 
 
 @pytest.mark.parametrize(("count", "raises"), [(200, False), (199, True)])
