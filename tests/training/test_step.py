@@ -362,3 +362,11 @@ def test_a_run_on_another_number_of_processes_may_have_another_number_of_steps(t
     for _ in range(now):
         other.step(images, targets)
     assert (other.steps, other.lr) == (9, pytest.approx(1e-4 / 25 / 1e4))  # the last of 10
+
+
+def test_a_step_uses_the_statistics_of_its_batch_also_after_a_validation():
+    training = training_of(golden_network())
+    training.model.eval()
+    before = training.model[1].running_mean.clone()
+    training.step(torch.rand(4, 3, 16, 16), torch.randint(0, 2, (4, 20)))
+    assert not torch.equal(training.model[1].running_mean, before)
