@@ -370,3 +370,8 @@ def test_a_step_uses_the_statistics_of_its_batch_also_after_a_validation():
     before = training.model[1].running_mean.clone()
     training.step(torch.rand(4, 3, 16, 16), torch.randint(0, 2, (4, 20)))
     assert not torch.equal(training.model[1].running_mean, before)
+
+
+def test_adaptive_asymmetry_gets_its_target_and_step():
+    loss = create_loss(LossSettings(adaptive_gamma=0.25, adaptive_step=0.125))
+    assert (loss.target, loss.step, loss.gamma_neg.item()) == (0.25, 0.125, 4.0)
