@@ -362,6 +362,25 @@ def test_validation_does_not_disturb_training(settings, small_shapes, tmp_path):
     assert losses[0] == losses[1]
 
 
+def test_the_last_checkpoint_is_at_the_end_of_the_last_epoch(whole_run):
+    last = checkpoint.load(whole_run / "last.pt")
+    assert (last["epoch"], len(last["losses"]), len(last["history"])) == (3, 0, 3)
+
+
+def test_a_run_that_is_overwritten_leaves_nothing_of_the_old_one(
+    settings, before, small_shapes, tmp_path
+):
+    fit(settings(small_shapes, tmp_path, stop_epoch=1))
+
+    def stop():
+        raise TrainingError("stopped")
+
+    again = settings(small_shapes, tmp_path, overwrite=True)
+    with before(2, Training, "step", stop), pytest.raises(TrainingError):
+        fit(again)
+    assert not any((tmp_path / name).exists() for name in ("last.pt", "best.pt", "metrics.jsonl"))
+
+
 def test_curves_are_drawn_of_all_epochs(whole_run):
     with Image.open(whole_run / "curves.png") as picture:
         assert picture.width > 300
