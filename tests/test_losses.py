@@ -571,6 +571,7 @@ def test_an_empty_batch_costs_nothing(loss):
         (lambda: AsymmetricLoss(eps=math.nan), "eps must be .* got nan"),
         (lambda: asymmetric_loss(*batch(), gamma_neg=math.nan), "gamma_neg must be .* got nan"),
         (lambda: asymmetric_loss(*batch(), clip=-0.1), "clip must be .* got -0.1"),
+        (lambda: AsymmetricLoss(clip=1), "clip must be .* got 1"),
         (lambda: asymmetric_loss(*batch(), clip=1e-7), "clip must be .* got 1e-07"),
         (lambda: asymmetric_loss(*batch(), clip=math.nan), "clip must be .* got nan"),
         (lambda: ASLSingleLabel(gamma_pos=math.inf), "gamma_pos must be .* got inf"),
@@ -595,6 +596,7 @@ def test_an_empty_batch_costs_nothing(loss):
         (lambda: AsymmetricLoss()(torch.zeros(2, 3).long(), torch.zeros(2, 3)), "floating point"),
         (lambda: ASLSingleLabel()(torch.zeros(2, 3), torch.zeros(2, 3)), r"indices \(N,\)"),
         (lambda: ASLSingleLabel()(torch.zeros(2, 3), torch.zeros(2)), "must be integers"),
+        (lambda: ASLSingleLabel()(torch.zeros(2, 3), torch.tensor([True, False])), "integers, got"),
         (lambda: ASLSingleLabel()(torch.zeros(2, 3), torch.tensor([0, 3])), r"\[0, 2\], got 3"),
     ],
 )
@@ -684,6 +686,10 @@ def test_prior_is_state_and_moves_with_the_module():
     other = PartialSelectiveLoss(prior=torch.zeros(37))
     other.load_state_dict(loss.state_dict())
     assert torch.equal(other.prior, PRIOR)
+    mine = PRIOR.clone()
+    loss = PartialSelectiveLoss(prior=mine)
+    mine.zero_()
+    assert torch.equal(loss.prior, PRIOR)
     assert loss.to("meta").prior.is_meta
     assert not PartialSelectiveLoss().state_dict()
 

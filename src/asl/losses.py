@@ -90,10 +90,10 @@ def _focused_nll(
     p_m = (torch.sigmoid(x) - clip).clamp(min=0)
     log_q = torch.log1p(-p_m) if clip else logsigmoid(-x)
     b = y * torch.sigmoid(-x) + (1 - y) * p_m
+    if detached:
+        b, gamma = b.detach(), gamma.detach()
     tiny = torch.finfo(torch.float32).tiny  # autograd divides by b: 0 would give NaN
     weight = b.clamp(min=max(eps, tiny)) ** gamma
-    if detached:
-        weight = weight.detach()
     return -(y * logsigmoid(x) + (1 - y) * log_q) * weight
 
 

@@ -43,9 +43,10 @@ def loss_and_gradient(
         positives = _positives(y[cells]) if suited else None
         if positives is None:
             loss, gradient[cells] = formula(x[cells], y[cells], *options)
+            losses.append(loss.sum() if summed else loss)
         else:
-            loss = _hard_cells(x[cells], positives, gradient[cells], *gammas, clip, detached)
-        losses.append(loss.sum() if summed else loss)
+            minus_loss = _hard_cells(x[cells], positives, gradient[cells], *gammas, clip, detached)
+            losses.append(-minus_loss.sum() if summed else minus_loss.neg_())
     loss = torch.stack(losses).sum() if summed else torch.cat(losses).view(logits.shape)
     return loss, gradient.view(logits.shape)
 
@@ -74,13 +75,16 @@ def _hard_cells(
     clip: float,
     detached: bool,
 ) -> Tensor:
-    """Return the loss where y is 1 at the indices ``positives``, else 0; fill in the gradient."""
+    """Return minus the loss where y is 1 at the indices ``positives``, else 0.
+
+    Fills in the gradient of the loss.
+    """
     minus_loss = _negative_cells(x, gradient, gamma_neg, clip, detached)
     mirrored = -x[positives]  # a positive is a negative at -x, without margin
     slope = torch.empty_like(mirrored)
     minus_loss[positives] = _negative_cells(mirrored, slope, gamma_pos, 0, detached)
     gradient[positives] = slope.neg_()
-    return minus_loss.neg_()
+    return minus_loss
 
 
 def _negative_cells(
@@ -104,7 +108,7 @@ def _negative_cells(
         gradient.mul_(power)
         if not gamma:
             gradient.mul_(p > clip)
-        gradient.mul_(p).addcmul_(gradient, p, value=-1)
+        gradient.mul_(1 - p).mul_(p)
     else:  # the same with q = 1 - p
         torch.addcmul(base, log_q, 1 - p, value=-focus, out=gradient).mul_(power).mul_(p)
     return log_q.mul_(power).mul_(base)

@@ -94,6 +94,22 @@ def test_the_state_is_gamma_neg_and_the_gap():
     assert loss.gap.isnan()
 
 
+@pytest.mark.parametrize("kind", [AsymmetricLoss, AsymmetricLossOptimized, PartialSelectiveLoss])
+def test_gamma_neg_and_the_gap_hold_no_graph_of_earlier_steps(kind):
+    loss = adaptive(kind=kind)
+    loss(SCORES.logit().requires_grad_(), FULL)
+    assert not loss.gamma_neg.requires_grad
+    assert not loss.gap.requires_grad
+
+
+def test_the_backward_pass_may_come_after_gamma_neg_has_moved():
+    soft = torch.tensor([[1, 0], [1, 0], [0.2, 0.9]], requires_grad=True)
+    loss = AdaptiveAsymmetry(AsymmetricLoss(2, 0, disable_torch_grad_focal_loss=False), 0.1, 0.5)
+    (grad,) = torch.autograd.grad(loss(SCORES.logit(), soft), soft)
+    fixed = AsymmetricLoss(2, 0, disable_torch_grad_focal_loss=False)
+    torch.testing.assert_close(grad, torch.autograd.grad(fixed(SCORES.logit(), soft), soft)[0])
+
+
 def test_scores_that_are_no_numbers_move_nothing():
     loss = adaptive()
     loss(torch.full((3, 2), torch.nan), FULL)
