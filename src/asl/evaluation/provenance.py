@@ -3,8 +3,10 @@
 import shlex
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
+
+import timm
+import torch
 
 from asl import __version__
 
@@ -19,5 +21,5 @@ def provenance() -> dict[str, str]:
     return {
         "command": shlex.join(["python", *sys.argv]),
         "commit": commit,
-        "versions": f"asl {__version__}, torch {version('torch')}, timm {version('timm')}",
+        "versions": f"asl {__version__}, torch {torch.__version__}, timm {timm.__version__}",
     }
