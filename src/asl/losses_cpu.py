@@ -101,14 +101,18 @@ def _negative_cells(
     power = base ** (gamma - 1)  # PyTorch multiplies up to exponent 3, so gamma 4 is quick too
     log_q = torch.neg(p_m).log1p_() if clip else logsigmoid(-x)
     focus = 0 if detached else gamma
-    if clip:  # p (1 - p) power (base / q - gamma log q)
+    # p (1 - p) power (base / q - gamma log q), where without a margin q = 1 - p
+    if clip:
         torch.div(base, torch.sub(1, p_m, out=gradient), out=gradient)
         if focus:
             gradient.sub_(log_q, alpha=focus)
-        gradient.mul_(power)
+    else:
+        torch.addcmul(base, log_q, 1 - p, value=-focus, out=gradient)
+    gradient.mul_(power)
+    minus_loss = log_q.mul_(power).mul_(base)
+    if clip:
+        gradient.mul_(torch.sub(1, p, out=power))  # the buffer is free: no new one is allocated
         if not gamma:
             gradient.mul_(p > clip)
-        gradient.mul_(1 - p).mul_(p)
-    else:  # the same with q = 1 - p
-        torch.addcmul(base, log_q, 1 - p, value=-focus, out=gradient).mul_(power).mul_(p)
-    return log_q.mul_(power).mul_(base)
+    gradient.mul_(p)
+    return minus_loss
