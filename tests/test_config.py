@@ -88,6 +88,11 @@ def test_a_recipe_that_is_not_there_is_named(tmp_path):
         read_recipe(tmp_path / "gone.yaml", TrainConfig)
 
 
+def test_an_option_with_an_empty_value_does_not_take_the_next_word():
+    config = train("--config=", "--lr", "3e-4")
+    assert (config.run.config, config.step.lr) == ("", 3e-4)
+
+
 def test_an_empty_recipe_changes_nothing(tmp_path):
     assert read_recipe(recipe(tmp_path, "# nothing yet\n"), TrainConfig) == {}
 

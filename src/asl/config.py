@@ -241,12 +241,12 @@ def _typed(argv: Sequence[str], config: type[Config]) -> dict[str, str]:
     names = {word: name for name, words in config.options().items() for word in words}
     typed: dict[str, str] = {}
     for word, following in zip_longest(argv, argv[1:], fillvalue=""):
-        option, _, value = word.partition("=")
+        option, equals, value = word.partition("=")
         name = names.get(option.replace("_", "-"))
         if name in typed:
             raise UsageError(f"--{name.replace('_', '-')} is given twice")
         if name:
-            typed[name] = value or following
+            typed[name] = value if equals else following
     return typed
 
 

@@ -98,12 +98,14 @@ def test_figures_are_those_of_the_scores_at_the_threshold_and_top_k_asked_for(
 
 def test_the_figures_of_an_epoch_are_those_of_the_report(scorer, val_set):
     scores = scorer.scores(val_set, "")
-    figures = epoch_figures("ema", scores, val_set, 0.3)
+    figures = epoch_figures({"ema": scores, "regular": scores.flip(0)}, val_set, 0.3)
     expected = evaluate_scores(scores, val_set.dense(), threshold=0.3)
     assert figures["mAP_ema"] == expected["mAP"]
     assert figures["CF1_ema"] == expected["at_threshold"]["CF1"]
     assert figures["OF1_ema"] == expected["at_threshold"]["OF1"]
-    assert epoch_figures("ema", None, val_set, 0.3) == {}
+    assert epoch_figures({"ema": None}, val_set, 0.3) == {}
+    flipped = evaluate_scores(scores.flip(0), val_set.dense(), threshold=0.3)
+    assert figures["mAP_regular"] == flipped["mAP"]
 
 
 def test_each_set_of_weights_can_be_measured_and_is_named(measuring, small_shapes, best):

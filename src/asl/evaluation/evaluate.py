@@ -1,6 +1,6 @@
 """A checkpoint measured on a data set, and the figures that an epoch is judged by."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,20 +69,22 @@ def estimate_prior(scorer: Scorer, images: Annotations, path: str | Path) -> Non
 
 
 def epoch_figures(
-    weights: str, scores: Tensor | None, dataset: Annotations, threshold: float
+    scores: Mapping[str, Tensor | None], dataset: Annotations, threshold: float
 ) -> dict[str, float]:
-    """What an epoch is judged by: mAP, CF1 and OF1 of a set of weights, in percent.
+    """What an epoch is judged by: mAP, CF1 and OF1, in percent, of each set of weights by name.
 
     NaN where no class has a positive; nothing without scores, as on all ranks but 0.
     """
-    if scores is None:
+    tables = {name: table for name, table in scores.items() if table is not None}
+    if not tables:
         return {}
     targets, counted = dataset.dense(), protocol(dataset)
-    f1 = f1_scores(scores, targets, threshold, protocol=counted)
-    return {
-        f"mAP_{weights}": mean_average_precision(scores, targets, protocol=counted),
-        **{f"{which}_{weights}": f1[which] for which in ("CF1", "OF1")},
-    }
+    figures = {}
+    for name, table in tables.items():
+        f1 = f1_scores(table, targets, threshold, protocol=counted)
+        figures[f"mAP_{name}"] = mean_average_precision(table, targets, protocol=counted)
+        figures |= {f"{which}_{name}": f1[which] for which in ("CF1", "OF1")}
+    return figures
 
 
 def protocol(dataset: Annotations) -> Protocol:

@@ -57,7 +57,7 @@ def prediction_picture(
 ) -> None:
     """Draw the photograph, and beside it a bar for every label: strong if it was predicted.
 
-    `image` is a file or RGB pixels (H, W, 3); `labels` are those of `engine.predict`: "name",
+    `image` is a file or RGB pixels (H, W, 3); `labels` are those of `predict`: "name",
     "score" in [0, 1] and "predicted". Names of more than 45 letters are cut.
     """
     if not isinstance(image, np.ndarray):

@@ -124,10 +124,8 @@ def validate(training: Training, batches: Batches, run: Run, interrupts: Interru
     folded = [fold_batchnorm(deepcopy(model)) for model in models.values()]
     amp, watched = run.config.compute.amp, interrupts.until_stopped
     tables = score_data_set(folded, batches, training.device, amp, "validation", watched)
-    row: Row = {}
-    for name, scores in zip(models, tables, strict=True):
-        row |= epoch_figures(name, scores, batches.annotations, run.config.evaluation.threshold)
-    return row
+    scores = dict(zip(models, tables, strict=True))
+    return {**epoch_figures(scores, batches.annotations, run.config.evaluation.threshold)}
 
 
 def _new_training(
