@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 import asl.report
-from asl.data.annotations import Annotations
 from asl.data.partial import simulate
 from asl.data.prior import write_prior
 from asl.errors import UsageError
@@ -137,18 +136,8 @@ def test_loss_curves_show_where_each_loss_applies(tmp_path):
     assert near(right, pictures.GREEN) == 0
 
 
-def long_tailed(num_classes):
-    """100 images; class c is in the first 100 / (c + 1) of them."""
-    images = [100 // (c + 1) for c in range(num_classes)]
-    rows = np.concatenate([np.arange(n) for n in images])
-    columns = np.repeat(np.arange(num_classes), images)
-    files = np.array([b"%d.jpg" % i for i in range(100)])
-    names = tuple(f"name{c}" for c in range(num_classes))
-    return Annotations.from_cells(Path("x"), files, names, rows, columns, np.ones(len(rows)))
-
-
 @pytest.mark.parametrize("num_classes", [3, 120])
-def test_frequency_picture_draws_a_panel_for_each_simulation(tmp_path, num_classes):
+def test_frequency_picture_draws_a_panel_for_each_simulation(long_tailed, tmp_path, num_classes):
     data = long_tailed(num_classes)
 
     def draw(schemes, **priors):

@@ -1,12 +1,10 @@
 """Lines and tables of text, and JSON."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from asl.data.annotations import Annotations
 from asl.data.partial import simulate
 from asl.errors import UsageError
 from asl.evaluation.text import (
@@ -21,16 +19,6 @@ from asl.metrics import evaluate_scores
 
 ROW = {"epoch": 7, "lr": 2e-4, "loss": 123.456}
 MAP = {"mAP_ema": 85.54, "mAP_regular": 81.3}
-
-
-def long_tailed(num_classes):
-    """100 images; class c is in the first 100 / (c + 1) of them."""
-    images = [100 // (c + 1) for c in range(num_classes)]
-    rows = np.concatenate([np.arange(n) for n in images])
-    columns = np.repeat(np.arange(num_classes), images)
-    files = np.array([b"%d.jpg" % i for i in range(100)])
-    names = tuple(f"name{c}" for c in range(num_classes))
-    return Annotations.from_cells(Path("x"), files, names, rows, columns, np.ones(len(rows)))
 
 
 def figures(num_classes=20, protocol="full", threshold=0.5):
@@ -165,7 +153,7 @@ def test_json_is_read_back_and_its_folder_made(tmp_path):
         write_json(value, tmp_path / "new" / "a.json" / "b.json")
 
 
-def test_frequencies_text_counts_what_is_there_what_is_left_and_how_well_a_prior_ranks():
+def test_frequencies_text_counts_what_is_there_what_is_left_and_how_well_a_prior_ranks(long_tailed):
     data = long_tailed(12)
     prior = np.linspace(0.5, 0.01, 12)
     prior[0] = 0

@@ -170,16 +170,8 @@ def two_ranks(rank, init, queue):
     dist.destroy_process_group()
 
 
-def test_the_gap_is_that_of_all_ranks_together(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    init = f"file://{tmp_path}/rendezvous"
-    ranks = [context.Process(target=two_ranks, args=(rank, init, queue)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
+def test_the_gap_is_that_of_all_ranks_together(answers_of_two_ranks):
     alone = adaptive()
     alone(SCORES.logit(), FULL)
     expected = (alone.gap.item(), alone.gamma_neg.item())
-    assert [queue.get(timeout=60) for _ in ranks] == [pytest.approx(expected, abs=1e-6)] * 2
-    for rank in ranks:
-        rank.join()
+    assert answers_of_two_ranks(two_ranks) == [pytest.approx(expected, abs=1e-6)] * 2

@@ -44,13 +44,5 @@ def two_ranks(rank, init, queue):
     dist.destroy_process_group()
 
 
-def test_the_running_prior_is_that_of_all_ranks(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    init = f"file://{tmp_path}/rendezvous"
-    ranks = [context.Process(target=two_ranks, args=(rank, init, queue)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    assert [queue.get(timeout=60) for _ in ranks] == [[0.75, 0.75]] * 2
-    for rank in ranks:
-        rank.join()
+def test_the_running_prior_is_that_of_all_ranks(answers_of_two_ranks):
+    assert answers_of_two_ranks(two_ranks) == [[0.75, 0.75]] * 2
