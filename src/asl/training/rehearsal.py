@@ -1,0 +1,146 @@
+"""A device that is not there: tensors that have shapes, types and a place, and no values.
+
+Code runs on them as it does on the device, in seconds and without its memory. It fails where it
+mixes devices, and where it would wait for the device to learn a value. Beside
+`asl.images.torch_private` this is where names are used that torch does not make public.
+"""
+
+import copy
+import heapq
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+from typing import Any, TypeVar
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Rehearsal:
+    """Inside `on(device)` all new tensors are fake; `copy_of` gives a model of such tensors."""
+
+    def __init__(self) -> None:
+        self._mode = FakeTensorMode()
+
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """Everything inside the block computes with fake tensors; `device` may have no driver."""
+        with ExitStack() as stack:
+            stack.enter_context(mock.patch.object(FakeTensor, "__deepcopy__", _copied, create=True))
+            if device.type == "cuda" and not torch.cuda.is_available():
+                stack.enter_context(without_engine())
+                for name, replaced in _WITHOUT_DRIVER.items():
+                    stack.enter_context(mock.patch(name, replaced))
+            stack.enter_context(self._mode)
+            yield
+
+    def copy_of(self, module: M, device: torch.device) -> M:
+        """The `module`, which stays as it is, with fake parameters and buffers on `device`."""
+        memo: dict[int, Any] = {}
+        with self._mode:
+            for tensor in chain(module.parameters(), module.buffers()):
+                fake: Tensor = torch.empty_strided(
+                    tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device
+                )
+                if isinstance(tensor, nn.Parameter):
+                    fake = nn.Parameter(fake, tensor.requires_grad)
+                memo[id(tensor)] = fake
+        with FakeCopyMode(self._mode):
+            return copy.deepcopy(module, memo)
+
+
+def _copied(self: FakeTensor, memo: dict[int, Any]) -> Tensor:
+    """What torch's own copy of a tensor does, but for a look at its memory."""
+    copied: Tensor = self.detach().clone()
+    if isinstance(self, nn.Parameter):
+        copied = nn.Parameter(copied, self.requires_grad)
+    memo[id(self)] = copied
+    return copied
+
+
+_generator = torch.Generator
+# What asks for the driver, though it could do without.
+_WITHOUT_DRIVER: dict[str, Any] = {
+    "torch.Generator": lambda device=None: _generator(),
+    "torch.cuda.is_bf16_supported": lambda including_emulation=True: True,
+    "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
+}
+
+
+@contextmanager
+def without_engine() -> Iterator[None]:
+    """Inside the block `Tensor.backward` does without autograd's engine, which needs a driver.
+
+    The graph is built as always, and each of its nodes computes what it always does. Only who calls
+    them is replaced. A saved tensor is let go when its node has taken it, as the engine does.
+    """
+
+    def keep(tensor: Tensor) -> list[Tensor]:
+        return [tensor]
+
+    def take(kept: list[Tensor]) -> Tensor:
+        return kept.pop()
+
+    with (
+        mock.patch("torch.Tensor.backward", _backward),
+        mock.patch("torch._C._current_graph_task_id", lambda: 0),  # of checkpointed activations
+        torch.autograd.graph.saved_tensors_hooks(keep, take),
+    ):
+        yield
+
+
+@torch.no_grad()
+def _backward(loss: Tensor) -> None:
+    root: Any = loss.grad_fn
+    calls = _calls_awaited(root)
+    gradients: dict[Any, dict[int, Tensor]] = defaultdict(dict)
+    gradients[root][0] = torch.ones_like(loss)
+    ready, number_ready = [(0, 0, root)], 0
+    while ready:
+        *_, node = heapq.heappop(ready)
+        received = gradients.pop(node, {})
+        if hasattr(node, "variable"):
+            _accumulate(node.variable, received.get(0))
+            continue
+        given = [received.get(number) for number in range(len(node._input_metadata))]
+        call = getattr(node, "apply", node)  # nodes written in Python have a method
+        results = call(*given) if received else (None,) * len(node.next_functions)
+        results = results if isinstance(results, tuple) else (results,)
+        # Nodes written in Python answer for arguments behind the tensors too.
+        for (following, number), result in zip(node.next_functions, results, strict=False):
+            if following is None:
+                continue
+            if result is not None:
+                shape = following._input_metadata[number]
+                result = result.sum_to_size(shape.shape).to(shape.dtype)
+                other = gradients[following].get(number)
+                gradients[following][number] = result if other is None else other + result
+            calls[following] -= 1
+            if calls[following] == 0:
+                # The latest of the forward pass goes first, and leaves at once, as in the engine.
+                leaf, number_ready = hasattr(following, "variable"), number_ready + 1
+                turn = -math.inf if leaf else -following._sequence_nr()
+                heapq.heappush(ready, (turn, number_ready, following))
+
+
+def _calls_awaited(root: Any) -> Counter[Any]:
+    """How many gradients each node of the graph is sent before its own turn comes."""
+    calls, open_nodes = Counter[Any](), [root]
+    while open_nodes:
+        for following, _ in open_nodes.pop().next_functions:
+            if following is not None:
+                if following not in calls:
+                    open_nodes.append(following)
+                calls[following] += 1
+    return calls
+
+
+def _accumulate(leaf: Tensor, gradient: Tensor | None) -> None:
+    if gradient is not None:
+        leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
