@@ -1,0 +1,161 @@
+"""What a GPU does with this project: training steps, the loader that feeds it, losses. Tables.
+
+python bench/gpu.py [--only steps loader] [--budget 240] [--photographs FOLDER] [--output FOLDER]
+python bench/gpu.py --table results/gpu/NAME.json
+python bench/gpu.py --device cpu --quick --output FOLDER    (tiny, to try it without a GPU)
+
+Every section adds rows to OUTPUT/<name of the device>.json as they come, so that a run which is cut
+off keeps what it has; --only measures sections anew and leaves the others there. A section may use
+its share of what is left of the --budget, in seconds. What fails (too little memory, no decoder) is
+in its row as such, and the rest goes on.
+
+The contenders of one comparison take turns; figures are medians over the turns after a first one,
+"x first" the median of the ratios to the first contender in the same turn. The clock is read when
+the device has nothing left to do. Models start from random weights.
+"""
+
+import argparse
+import gc
+import json
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+import torch
+import torchvision
+from gpu_sections import FULL, QUICK, SECTIONS, Bench, draw_photographs, said
+from losses import processor
+
+from asl.atomic import write_result
+from asl.distributed import pick_device
+from asl.errors import UsageError, reported
+from asl.evaluation.provenance import provenance
+from asl.images.decode import find_images
+from asl.images.loader import default_workers
+
+
+class OutOfTime(BaseException):
+    """Not an Exception: nothing that answers for failures on the way may take it for one."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises `OutOfTime` inside the block when the seconds are over."""
+
+    def raise_out_of_time(*_: object) -> None:
+        raise OutOfTime(f"{seconds:.0f} s were not enough")
+
+    before = signal.signal(signal.SIGALRM, raise_out_of_time)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as markdown, a table for each section."""
+    parts = [f"{report['device']}, {report['cores']} CPU cores, {report['photographs']}"]
+    for name, section in report["sections"].items():
+        keys = [*dict.fromkeys(key for row in section["rows"] for key in row)]
+        parts.append(f"### {name}\n\n{section['about']}")
+        lines = [keys, ["---"] * len(keys)] if keys else []
+        lines += [[cell(row.get(key, "")) for key in keys] for row in section["rows"]]
+        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        if "failed" in section:
+            parts.append(f"Not all of it was measured: {section['failed']}")
+        parts.append("`{command}`, commit {commit}, {versions}, {date}".format(**section))
+    return "\n\n".join(part for part in parts if part)
+
+
+def cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,.4g}" if isinstance(value, float) else str(value).replace("|", "/")
+
+
+def measure(name: str, bench: Bench, seconds: float, report: dict[str, Any], path: Path) -> None:
+    """Measure a section and keep it in the report and its file: after every row, and at the end."""
+    run, start = SECTIONS[name].run, time.perf_counter()
+    rows: list[dict[str, Any]] = []
+    section = {
+        "about": run.__doc__,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **provenance(),
+        "rows": rows,
+    }
+    section["versions"] += f", torchvision {torchvision.__version__}"
+    report["sections"][name] = section
+    try:
+        with time_limit(seconds):
+            for row in run(bench):
+                rows.append(row)
+                write_result(path, json.dumps(report, indent=1).encode())
+    except (Exception, OutOfTime) as error:
+        section["failed"] = said(error)
+    section["seconds"] = round(time.perf_counter() - start, 1)
+    write_result(path, json.dumps(report, indent=1).encode())
+
+
+def measure_all(args: argparse.Namespace) -> Path:
+    """Measure the sections that were asked for; returns the file of the report."""
+    device = pick_device(args.device)
+    name = processor(device)
+    path = Path(args.output) / f"{re.sub(r'[^A-Za-z0-9]+', '_', name).strip('_')}.json"
+    torch.backends.cudnn.benchmark = True  # as in training
+    torch.manual_seed(0)
+    sections = json.loads(path.read_text())["sections"] if path.exists() and args.only else {}
+    with TemporaryDirectory() as scratch:
+        if not args.photographs:
+            draw_photographs(Path(scratch), count=8 if args.quick else 192)
+        folder = Path(args.photographs or scratch)
+        files = len(find_images(folder)[1])
+        drawn = "" if args.photographs else ", noise and shapes of 500 x 375 px drawn for this"
+        report = {
+            "device": name,
+            "cores": default_workers(),
+            "photographs": f"{files} JPEG files{drawn}",
+            "sections": sections,
+        }
+        bench = Bench(device, QUICK if args.quick else FULL, folder, args.workers)
+        names = args.only or [name for name in SECTIONS if name != "compile" or not args.quick]
+        end = time.perf_counter() + args.budget
+        for number, name in enumerate(names):
+            shares = [SECTIONS[each].share for each in names[number:]]
+            left = max(end - time.perf_counter(), 1)
+            measure(name, bench, left * shares[0] / sum(shares), report, path)
+            print(f"{name}: {report['sections'][name]['seconds']} s", flush=True)
+            gc.collect()
+            torch.cuda.empty_cache()
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--quick", action="store_true", help="a tiny model; without compile")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="default: all sections")
+    parser.add_argument("--budget", type=float, default=240, help="seconds; default: 240")
+    parser.add_argument("--workers", type=int, default=default_workers(), help="of the loader")
+    parser.add_argument("--photographs", metavar="FOLDER", help="JPEGs; default: drawn ones")
+    parser.add_argument("--output", metavar="FOLDER", default="results/gpu")
+    parser.add_argument("--table", metavar="JSON", help="print the table of a report, no more")
+    args = parser.parse_args()
+    if torch.device(args.device).type != "cuda" and not (args.quick or args.table):
+        raise UsageError("full size is for GPUs: --device cpu takes --quick")
+    path = Path(args.table) if args.table else measure_all(args)
+    print(f"\n{table(json.loads(path.read_text()))}\n\n{path}")
+
+
+if __name__ == "__main__":
+    with reported():
+        main()

@@ -1,0 +1,426 @@
+"""What bench/gpu.py measures: each section is a function that yields the rows of its table."""
+
+import gc
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count, islice, repeat
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+import losses as loss_bench
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+from torch.profiler import ProfilerActivity
+
+from asl.data.annotations import PRESENT, Annotations
+from asl.images.augment import apply_batch, draw
+from asl.images.decode import find_images
+from asl.images.loader import Batch, Batches
+from asl.images.prepare import preparation
+from asl.images.settings import AugmentSettings, ImageSettings
+from asl.losses import PartialSelectiveLoss
+from asl.models.build import create_model, normalization, place
+from asl.training.loss import create_loss
+from asl.training.settings import LossSettings, StepSettings
+from asl.training.step import Training
+
+CLASSES = 80
+WIDTH, HEIGHT = 500, 375  # of a drawn photograph: as in Pascal VOC
+Row = dict[str, Any]
+Contender = Iterator[dict[str, float]]  # each `next` is a turn and gives its figures
+
+
+class Way(NamedTuple):
+    """How a model is trained; `layout` is that of its weights and of the images."""
+
+    amp: str = "bf16"
+    layout: str = "channels last"
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and its batches, in the ways that are compared."""
+
+    model: str
+    image_size: int
+    batch_size: int
+    ways: tuple[Way, ...] = (Way(),)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured; a turn of a training is `steps` steps, an epoch of the loader `epoch`."""
+
+    cases: tuple[Case, ...]
+    compiled: Case
+    loader: Case
+    steps: int
+    epoch: int
+    rounds: int
+    short_rounds: int  # where a turn takes milliseconds
+    shapes: tuple[tuple[int, int], ...]  # of the logits
+
+
+LAYOUTS = (Way(), Way(layout="contiguous"))
+FULL = Plan(
+    cases=(
+        Case("tresnet_m", 448, 128, (*LAYOUTS, Way("fp16"), Way("off"))),
+        Case("tresnet_l", 448, 128, LAYOUTS),
+        Case("resnet101", 448, 128, LAYOUTS),
+        Case("tresnet_m", 224, 256, LAYOUTS),
+        Case("tresnet_l", 224, 256),
+    ),
+    compiled=Case("tresnet_m", 448, 128, (Way(), Way(compiled=True))),
+    loader=Case("tresnet_m", 448, 128),
+    **{"steps": 4, "epoch": 32, "rounds": 3, "short_rounds": 30},
+    shapes=((128, 80), (64, 9605)),
+)
+QUICK = Plan(
+    cases=(Case("test_resnet", 64, 8, (*LAYOUTS, Way("fp16"), Way("off"))),),
+    compiled=Case("test_resnet", 64, 8, (Way(), Way(compiled=True))),
+    loader=Case("test_resnet", 64, 8),
+    **{"steps": 1, "epoch": 4, "rounds": 1, "short_rounds": 1},
+    shapes=((8, 80),),
+)
+
+
+class Bench:
+    """One run on one device, its `plan`, and the files that the loader and decoders read."""
+
+    def __init__(self, device: torch.device, plan: Plan, folder: Path, workers: int) -> None:
+        self.device, self.plan, self.folder, self.workers = device, plan, folder, workers
+        self.on_cuda = device.type == "cuda"
+
+    def clock(self) -> float:
+        """Seconds, when the device has done all it was told to."""
+        if self.on_cuda:
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def allocated(self) -> int:
+        """Bytes of the device that tensors hold; 0 on a CPU."""
+        return torch.cuda.memory_allocated(self.device) if self.on_cuda else 0
+
+    def synthetic(self, case: Case) -> Batch:
+        """A batch that is on the device already."""
+        shape = (case.batch_size, 3, case.image_size, case.image_size)
+        images = torch.randint(256, shape, dtype=torch.uint8, device=self.device)
+        targets = torch.rand(case.batch_size, CLASSES, device=self.device) < 3 / CLASSES
+        return Batch(images, targets.to(torch.int8))
+
+    def trainer(self, case: Case, way: Way) -> Callable[[Batch], object]:
+        """A step of training on a batch, as `training.fit` does it."""
+        model: nn.Module = create_model(case.model, CLASSES, image_size=case.image_size)
+        contiguous = way.layout == "contiguous"
+        model = model.to(self.device) if contiguous else place(model, self.device)
+        training = Training(
+            model,
+            create_loss(LossSettings()),
+            StepSettings(compile=way.compiled),
+            steps_per_epoch=1000,
+            device=self.device,
+            amp=way.amp,
+        )
+        prepare = preparation(*normalization(model), self.device)
+
+        def step(batch: Batch) -> None:
+            images = prepare(batch)
+            images = images.contiguous() if contiguous else images  # a thousandth of the step
+            training.step(images, batch.targets.to(self.device, non_blocking=True))
+
+        return step
+
+    def annotations(self, batches: int, batch_size: int) -> Annotations:
+        """The files of the folder, over and over, for so many batches; three labels each."""
+        root, names = find_images(self.folder)
+        files = np.resize(names, batches * batch_size)
+        rows = np.repeat(np.arange(len(files)), 3)
+        columns = np.random.default_rng(0).integers(CLASSES, size=len(rows))
+        classes = tuple(f"class {number}" for number in range(CLASSES))
+        return Annotations.from_cells(root, files, classes, rows, columns, PRESENT)
+
+    def kernels(self, act: Callable[[], object]) -> int:
+        """How many kernels `act` starts, without copies; on a CPU, operations without parts."""
+        activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * self.on_cuda]
+        with torch.profiler.profile(activities=activities) as profiler:
+            act()
+            self.clock()
+        here = torch.autograd.DeviceType.CUDA if self.on_cuda else torch.autograd.DeviceType.CPU
+        return sum(
+            event.device_type == here
+            and not event.cpu_children
+            and not event.name.startswith(("Memcpy", "Memset"))
+            for event in profiler.events()
+        )
+
+
+def by_turns(contenders: Sequence[tuple[Row, Contender]], rounds: int) -> Iterator[Row]:
+    """A row for each: what it is called, its median figures, or why it failed."""
+    turns: list[list[dict[str, float]]] = [[] for _ in contenders]
+    failed: dict[int, str] = {}
+    for _ in range(rounds + 1):
+        for number, (_, contender) in enumerate(contenders):
+            try:
+                if number not in failed:
+                    turns[number].append(next(contender))
+            except Exception as error:
+                failed[number] = said(error)
+    for number, (labels, _) in enumerate(contenders):
+        if number in failed:
+            yield labels | {"failed": failed[number]}
+            continue
+        first, own = turns[0][1:], turns[number][1:]
+        row = labels | {key: statistics.median(turn[key] for turn in own) for key in own[0]}
+        if 0 not in failed:
+            leading = next(iter(own[0]))
+            ratios = [b[leading] / a[leading] for a, b in zip(first, own, strict=True)]
+            row["x first"] = statistics.median(ratios)
+        yield row
+
+
+def said(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def compare(bench: Bench, case: Case) -> Iterator[Row]:
+    def training(way: Way, batch: Batch) -> Contender:
+        start, before = bench.clock(), bench.allocated()
+        step = bench.trainer(case, way)
+        step(batch)
+        first, own = bench.clock() - start, bench.allocated() - before
+        while True:
+            others = bench.allocated() - own
+            if bench.on_cuda:
+                torch.cuda.reset_peak_memory_stats(bench.device)
+            start = bench.clock()
+            for _ in range(bench.plan.steps):
+                step(batch)
+            rate = bench.plan.steps * case.batch_size / (bench.clock() - start)
+            figures = {"images/s": rate, "until the first step, s": first}
+            if bench.on_cuda:
+                peak = torch.cuda.max_memory_allocated(bench.device) - others
+                figures["peak GiB"] = peak / 2**30
+            yield figures
+
+    labels = {"model": case.model, "px": case.image_size, "batch": case.batch_size}
+    batch = bench.synthetic(case)
+    ways = [(labels | way._asdict(), training(way, batch)) for way in case.ways]
+    yield from by_turns(ways, bench.plan.rounds)
+
+
+def steps(bench: Bench) -> Iterator[Row]:
+    """Training steps on a synthetic batch, in float32 (off: convolutions in TF32) and with AMP."""
+    for case in bench.plan.cases:
+        yield from compare(bench, case)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def compiled(bench: Bench) -> Iterator[Row]:
+    """The same with torch.compile; the time until the first step is that of compiling."""
+    yield from compare(bench, bench.plan.compiled)
+
+
+def fed(
+    bench: Bench,
+    source: Callable[[], Iterable[Batch]],
+    act: Callable[[Batch], object],
+    left_out: int = 0,
+    loader: Batches | None = None,
+) -> Contender:
+    """Takes all batches of a `source`; the first `left_out` are not timed."""
+    while True:
+        batches, images = iter(source()), 0
+        for batch in islice(batches, left_out):
+            act(batch)
+        waited, start = loader.waited if loader else 0.0, bench.clock()
+        for batch in batches:
+            act(batch)
+            images += len(batch.images)
+        spent = bench.clock() - start
+        share = {"waited": (loader.waited - waited) / spent} if loader else {}
+        yield {"images/s": images / spent, **share}
+
+
+def load(bench: Bench) -> Iterator[Row]:
+    """The same training fed by synthetic batches, by files, and by the cache; each loader alone."""
+    case, plan = bench.plan.loader, bench.plan
+    step, synthetic, epochs = bench.trainer(case, case.ways[0]), bench.synthetic(case), count()
+    numbers = draw("recipe", 0, 0, range(case.batch_size))
+    annotations = bench.annotations(plan.epoch, case.batch_size)
+    start = plan.epoch // 2  # with steps it takes longer, and half of an epoch is enough
+
+    def loader(cache_dir: str) -> Batches:
+        return Batches(
+            annotations,
+            ImageSettings(
+                image_size=case.image_size,
+                batch_size=case.batch_size,
+                workers=bench.workers,
+                cache_dir=cache_dir,
+            ),
+            augment=AugmentSettings(),
+            on_device=True,
+            shuffle=True,
+            pin_memory=bench.on_cuda,
+        )
+
+    def contenders(name: str, batches: Batches) -> Iterator[tuple[Row, Contender]]:
+        # A training waits for its first batch once in an epoch, which is short here.
+        training = fed(bench, lambda: batches.epoch(next(epochs), start), step, 1, batches)
+        yield {"batches": name, "consumer": "training"}, training
+        alone = fed(bench, lambda: batches.epoch(next(epochs)), lambda batch: None)
+        yield {"batches": name, "consumer": "none"}, alone
+
+    with TemporaryDirectory() as cache_dir:
+        runs = [
+            (
+                {"batches": f"synthetic{name}", "consumer": "training"},
+                fed(bench, lambda batch=batch: repeat(batch, plan.epoch - start), step, 1),
+            )
+            for name, batch in {
+                "": synthetic,
+                ", augmented": synthetic._replace(augmentation=numbers),
+            }.items()
+        ]
+        runs += contenders("files", loader(""))
+        runs += contenders("cache", loader(cache_dir))
+        yield from by_turns(runs, plan.rounds)
+
+
+def jpeg(bench: Bench) -> Iterator[Row]:
+    """From JPEG files to squished images: on the device (nvJPEG) and by the loader's workers."""
+    case, epochs = bench.plan.loader, count()
+    annotations = bench.annotations(bench.plan.epoch, case.batch_size)
+    paths = [Path(annotations.path(row)) for row in range(case.batch_size)]
+    contents = [torch.from_numpy(np.fromfile(path, np.uint8)) for path in paths]
+
+    def decode() -> list[Tensor]:
+        with warnings.catch_warnings():  # since 0.29 torchvision says that it will be removed
+            warnings.simplefilter("ignore")
+            mode = torchvision.io.ImageReadMode.RGB
+            return torchvision.io.decode_jpeg(contents, mode, device=bench.device)
+
+    def squished(image: Tensor) -> Tensor:
+        size = (case.image_size, case.image_size)
+        pixels = interpolate(image[None].float(), size, mode="bilinear", antialias=True)
+        return pixels.round_().to(torch.uint8)
+
+    def on_device(act: Callable[[], object]) -> Contender:
+        while True:
+            start = bench.clock()
+            act()
+            yield {"images/s": len(contents) / (bench.clock() - start)}
+
+    def by_workers(workers: int, batches: int) -> Contender:
+        settings = ImageSettings(
+            image_size=case.image_size, batch_size=case.batch_size, workers=workers
+        )
+        loader = Batches(annotations, settings)
+        start = bench.plan.epoch - batches
+        return fed(bench, lambda: loader.epoch(next(epochs), start), lambda batch: None)
+
+    where = "nvJPEG" if bench.on_cuda else "torchvision on the CPU"
+    cores = bench.workers
+    runs = [
+        ({"decoded by": "1 worker"}, by_workers(1, bench.plan.epoch // 4)),
+        ({"decoded by": f"{cores} workers, one per core"}, by_workers(cores, bench.plan.epoch)),
+        ({"decoded by": f"{where}, not resized"}, on_device(decode)),
+        ({"decoded by": where}, on_device(lambda: [squished(image) for image in decode()])),
+    ]
+    yield from by_turns(runs, bench.plan.rounds)
+
+
+def losses(bench: Bench) -> Iterator[Row]:
+    """Forward and backward pass of the losses on float32 logits, three labels per image."""
+
+    def turns(loss: loss_bench.Loss, logits: Tensor, targets: Tensor) -> Contender:
+        loss_bench.step(loss, logits, targets)
+        fixed = {
+            "kernels": bench.kernels(lambda: loss_bench.step(loss, logits, targets)),
+            "peak extra MiB": loss_bench.peak_mebibytes(loss, logits, targets),
+        }
+        while True:
+            yield {"ms": loss_bench.milliseconds(loss, logits, targets), **fixed}
+
+    for batch, classes in bench.plan.shapes:
+        logits = torch.randn(batch, classes, device=bench.device).sub_(2).requires_grad_()
+        drawn = torch.rand(batch, classes, device=bench.device)
+        targets = (drawn < 3 / classes).float()
+        partial = torch.where(drawn > 0.5, -1.0, targets)  # half of the cells not annotated
+        contenders = loss_bench.losses()
+        first = "BCEWithLogitsLoss"
+        runs = [(name, contenders[name], targets) for name in sorted(contenders, key=first.__ne__)]
+        runs += [("PartialSelectiveLoss", PartialSelectiveLoss("selective"), partial)]
+        yield from by_turns(
+            [
+                ({"loss": name, "logits": f"{batch} x {classes}"}, turns(loss, logits, own))
+                for name, loss, own in runs
+            ],
+            bench.plan.short_rounds,
+        )
+
+
+def augmentation(bench: Bench) -> Iterator[Row]:
+    """The recipe's augmentation on the device; the host's time is over before the device's is."""
+    case = bench.plan.loader
+
+    def turns(images: Tensor) -> Contender:
+        numbers = draw("recipe", 0, 0, range(len(images)))
+        started = bench.kernels(lambda: apply_batch(images, numbers))
+        while True:
+            start = bench.clock()
+            apply_batch(images, numbers)
+            host = time.perf_counter() - start
+            spent = bench.clock() - start
+            yield {"ms": 1e3 * spent, "host ms": 1e3 * host, "kernels": started}
+
+    images = bench.synthetic(case).images
+    runs = [
+        ({"batch": len(part), "px": case.image_size}, turns(part))
+        for part in (images, images[: len(images) // 4])
+    ]
+    yield from by_turns(runs, bench.plan.short_rounds)
+
+
+def draw_photographs(folder: Path, count: int) -> None:
+    """JPEGs that decode like photographs: soft shades, shapes and grain, at quality 90."""
+    random = np.random.default_rng(0)
+    for number in range(count):
+        shades = Image.fromarray(random.integers(256, size=(6, 8, 3), dtype=np.uint8))
+        picture = shades.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+        pencil = ImageDraw.Draw(picture)
+        for x, y, side, *colour in random.integers(256, size=(12, 6)).tolist():
+            pencil.ellipse((2 * x, y, 2 * x + side, y + side // 2), fill=tuple(colour))
+        grain = random.integers(-20, 20, size=(HEIGHT, WIDTH, 1), endpoint=True)
+        pixels = np.clip(np.asarray(picture) + grain, 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:04}.jpg", quality=90)
+
+
+class Section(NamedTuple):
+    """A part of the benchmark, and its share of the time."""
+
+    run: Callable[[Bench], Iterator[Row]]
+    share: int
+
+
+SECTIONS = {  # the quick ones first: a run that is cut off has them
+    "losses": Section(losses, 15),
+    "augmentation": Section(augmentation, 5),
+    "loader": Section(load, 50),
+    "jpeg": Section(jpeg, 20),
+    "steps": Section(steps, 100),
+    "compile": Section(compiled, 50),
+}
