@@ -1,6 +1,6 @@
 """What a GPU does with this project: training steps, the loader that feeds it, losses. Tables.
 
-python bench/gpu.py [--only steps loader] [--budget 240] [--photographs FOLDER] [--output FOLDER]
+python bench/gpu.py [--only step loader] [--budget 240] [--photographs FOLDER] [--output FOLDER]
 python bench/gpu.py --table results/gpu/NAME.json
 python bench/gpu.py --device cpu --quick --output FOLDER    (tiny, to try it without a GPU)
 
@@ -16,11 +16,13 @@ the device has nothing left to do. Models start from random weights.
 
 import argparse
 import gc
+import inspect
 import json
 import re
 import signal
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -29,10 +31,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+import numpy as np
 import torch
 import torchvision
-from gpu_sections import FULL, QUICK, SECTIONS, Bench, draw_photographs, said
+from gpu_sections import FULL, QUICK, SECTIONS, Bench, said
 from losses import processor
+from PIL import Image, ImageDraw
 
 from asl.atomic import write_result
 from asl.distributed import pick_device
@@ -40,6 +44,8 @@ from asl.errors import UsageError, reported
 from asl.evaluation.provenance import provenance
 from asl.images.decode import find_images
 from asl.images.loader import default_workers
+
+WIDTH, HEIGHT = 500, 375  # of a drawn photograph: as in Pascal VOC
 
 
 class OutOfTime(BaseException):
@@ -63,18 +69,19 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as markdown, a table for each section."""
+    """The report as markdown, a table for each section, and where it comes from."""
     parts = [f"{report['device']}, {report['cores']} CPU cores, {report['photographs']}"]
+    sources: dict[str, list[str]] = defaultdict(list)
     for name, section in report["sections"].items():
         keys = [*dict.fromkeys(key for row in section["rows"] for key in row)]
-        parts.append(f"### {name}\n\n{section['about']}")
         lines = [keys, ["---"] * len(keys)] if keys else []
         lines += [[cell(row.get(key, "")) for key in keys] for row in section["rows"]]
-        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
-        if "failed" in section:
-            parts.append(f"Not all of it was measured: {section['failed']}")
-        parts.append("`{command}`, commit {commit}, {versions}, {date}".format(**section))
-    return "\n\n".join(part for part in parts if part)
+        parts.append(f"### {name}\n\n{section['about']}")
+        parts += ["\n".join(f"| {' | '.join(line)} |" for line in lines)] if lines else []
+        parts += [f"Not all was measured: {section['failed']}"] if "failed" in section else []
+        sources["`{command}`, {date}, commit {commit}, {versions}".format(**section)].append(name)
+    parts += [f"{', '.join(names)}: {source}" for source, names in sources.items()]
+    return "\n\n".join(parts)
 
 
 def cell(value: object) -> str:
@@ -83,13 +90,27 @@ def cell(value: object) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else str(value).replace("|", "/")
 
 
+def draw_photographs(folder: Path, count: int) -> None:
+    """JPEGs that decode like photographs: soft shades, shapes and grain, at quality 90."""
+    random = np.random.default_rng(0)
+    for number in range(count):
+        shades = Image.fromarray(random.integers(256, size=(6, 8, 3), dtype=np.uint8))
+        picture = shades.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+        pencil = ImageDraw.Draw(picture)
+        for x, y, side, *colour in random.integers(256, size=(12, 6)).tolist():
+            pencil.ellipse((2 * x, y, 2 * x + side, y + side // 2), fill=tuple(colour))
+        grain = random.integers(-20, 20, size=(HEIGHT, WIDTH, 1), endpoint=True)
+        pixels = np.clip(np.asarray(picture) + grain, 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:04}.jpg", quality=90)
+
+
 def measure(name: str, bench: Bench, seconds: float, report: dict[str, Any], path: Path) -> None:
     """Measure a section and keep it in the report and its file: after every row, and at the end."""
     run, start = SECTIONS[name].run, time.perf_counter()
     rows: list[dict[str, Any]] = []
     section = {
-        "about": run.__doc__,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "about": inspect.getdoc(run),
+        "date": datetime.now(UTC).date().isoformat(),
         **provenance(),
         "rows": rows,
     }
@@ -118,12 +139,11 @@ def measure_all(args: argparse.Namespace) -> Path:
         if not args.photographs:
             draw_photographs(Path(scratch), count=8 if args.quick else 192)
         folder = Path(args.photographs or scratch)
-        files = len(find_images(folder)[1])
-        drawn = "" if args.photographs else ", noise and shapes of 500 x 375 px drawn for this"
+        of = f"of {args.photographs}" if args.photographs else f"drawn, {WIDTH} x {HEIGHT} px"
         report = {
             "device": name,
             "cores": default_workers(),
-            "photographs": f"{files} JPEG files{drawn}",
+            "photographs": f"{len(find_images(folder)[1])} JPEGs, {of}",
             "sections": sections,
         }
         bench = Bench(device, QUICK if args.quick else FULL, folder, args.workers)

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import count, islice, repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +18,6 @@ import losses as loss_bench
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.profiler import ProfilerActivity
@@ -35,9 +35,8 @@ from asl.training.settings import LossSettings, StepSettings
 from asl.training.step import Training
 
 CLASSES = 80
-WIDTH, HEIGHT = 500, 375  # of a drawn photograph: as in Pascal VOC
 Row = dict[str, Any]
-Contender = Iterator[dict[str, float]]  # each `next` is a turn and gives its figures
+Contender = Iterator[dict[str, float]]  # each `next` is a turn: its figures, the leading one first
 
 
 class Way(NamedTuple):
@@ -90,7 +89,7 @@ QUICK = Plan(
     cases=(Case("test_resnet", 64, 8, (*LAYOUTS, Way("fp16"), Way("off"))),),
     compiled=Case("test_resnet", 64, 8, (Way(), Way(compiled=True))),
     loader=Case("test_resnet", 64, 8),
-    **{"steps": 1, "epoch": 4, "rounds": 1, "short_rounds": 1},
+    **{"steps": 1, "epoch": 6, "rounds": 1, "short_rounds": 1},
     shapes=((8, 80),),
 )
 
@@ -101,6 +100,7 @@ class Bench:
     def __init__(self, device: torch.device, plan: Plan, folder: Path, workers: int) -> None:
         self.device, self.plan, self.folder, self.workers = device, plan, folder, workers
         self.on_cuda = device.type == "cuda"
+        self.counted = "kernels" if self.on_cuda else "operations"
 
     def clock(self) -> float:
         """Seconds, when the device has done all it was told to."""
@@ -141,14 +141,25 @@ class Bench:
 
         return step
 
-    def annotations(self, batches: int, batch_size: int) -> Annotations:
-        """The files of the folder, over and over, for so many batches; three labels each."""
+    def annotations(self) -> Annotations:
+        """The files of an epoch, three labels each."""
         root, names = find_images(self.folder)
-        files = np.resize(names, batches * batch_size)
+        files = np.resize(names, self.plan.epoch * self.plan.loader.batch_size)
         rows = np.repeat(np.arange(len(files)), 3)
         columns = np.random.default_rng(0).integers(CLASSES, size=len(rows))
         classes = tuple(f"class {number}" for number in range(CLASSES))
         return Annotations.from_cells(root, files, classes, rows, columns, PRESENT)
+
+    def loader(self, workers: int, cache_dir: str = "", **options: Any) -> Batches:
+        """Of an epoch of the plan's batches: the files of the folder over and over."""
+        case = self.plan.loader
+        settings = ImageSettings(
+            image_size=case.image_size,
+            batch_size=case.batch_size,
+            workers=workers,
+            cache_dir=cache_dir,
+        )
+        return Batches(self.annotations(), settings, pin_memory=self.on_cuda, **options)
 
     def kernels(self, act: Callable[[], object]) -> int:
         """How many kernels `act` starts, without copies; on a CPU, operations without parts."""
@@ -166,10 +177,10 @@ class Bench:
 
 
 def by_turns(contenders: Sequence[tuple[Row, Contender]], rounds: int) -> Iterator[Row]:
-    """A row for each: what it is called, its median figures, or why it failed."""
+    """A row for each: what it is called and its median figures, or why it failed."""
     turns: list[list[dict[str, float]]] = [[] for _ in contenders]
     failed: dict[int, str] = {}
-    for _ in range(rounds + 1):
+    for _ in range(rounds + 1):  # the first turn warms up
         for number, (_, contender) in enumerate(contenders):
             try:
                 if number not in failed:
@@ -181,56 +192,60 @@ def by_turns(contenders: Sequence[tuple[Row, Contender]], rounds: int) -> Iterat
             yield labels | {"failed": failed[number]}
             continue
         first, own = turns[0][1:], turns[number][1:]
-        row = labels | {key: statistics.median(turn[key] for turn in own) for key in own[0]}
-        if 0 not in failed:
-            leading = next(iter(own[0]))
-            ratios = [b[leading] / a[leading] for a, b in zip(first, own, strict=True)]
-            row["x first"] = statistics.median(ratios)
-        yield row
+        leading, *others = ((key, statistics.median(turn[key] for turn in own)) for key in own[0])
+        ratios = [b[leading[0]] / a[leading[0]] for a, b in zip(first, own, strict=False)]
+        against = {"x first": statistics.median(ratios)} if 0 not in failed else {}
+        yield labels | dict([leading]) | against | dict(others)
 
 
 def said(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """The kind of an error and its first line."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
-def compare(bench: Bench, case: Case) -> Iterator[Row]:
-    def training(way: Way, batch: Batch) -> Contender:
-        start, before = bench.clock(), bench.allocated()
-        step = bench.trainer(case, way)
-        step(batch)
-        first, own = bench.clock() - start, bench.allocated() - before
-        while True:
-            others = bench.allocated() - own
-            if bench.on_cuda:
-                torch.cuda.reset_peak_memory_stats(bench.device)
-            start = bench.clock()
-            for _ in range(bench.plan.steps):
-                step(batch)
-            rate = bench.plan.steps * case.batch_size / (bench.clock() - start)
-            figures = {"images/s": rate, "until the first step, s": first}
-            if bench.on_cuda:
-                peak = torch.cuda.max_memory_allocated(bench.device) - others
-                figures["peak GiB"] = peak / 2**30
-            yield figures
-
-    labels = {"model": case.model, "px": case.image_size, "batch": case.batch_size}
-    batch = bench.synthetic(case)
-    ways = [(labels | way._asdict(), training(way, batch)) for way in case.ways]
-    yield from by_turns(ways, bench.plan.rounds)
+def training(bench: Bench, case: Case, way: Way, batch: Batch) -> Contender:
+    """Steps on one batch, and the most memory that this training held, its weights included."""
+    start, before = bench.clock(), bench.allocated()
+    step = bench.trainer(case, way)
+    step(batch)
+    first, own = bench.clock() - start, bench.allocated() - before
+    yield {}
+    while True:
+        step(batch)  # not timed: it may have to wait for memory that another contender has cached
+        others = bench.allocated() - own
+        if bench.on_cuda:
+            torch.cuda.reset_peak_memory_stats(bench.device)
+        start = bench.clock()
+        for _ in range(bench.plan.steps):
+            step(batch)
+        rate = bench.plan.steps * case.batch_size / (bench.clock() - start)
+        figures = {"images/s": rate, "s until the first step": first}
+        if bench.on_cuda:
+            peak = torch.cuda.max_memory_allocated(bench.device) - others
+            figures["peak GiB"] = peak / 2**30
+        yield figures
 
 
-def steps(bench: Bench) -> Iterator[Row]:
-    """Training steps on a synthetic batch, in float32 (off: convolutions in TF32) and with AMP."""
-    for case in bench.plan.cases:
-        yield from compare(bench, case)
+def trainings(bench: Bench, cases: Iterable[Case]) -> Iterator[Row]:
+    for case in cases:
+        batch = bench.synthetic(case)
+        labels = {"model": case.model, "px": case.image_size, "batch": case.batch_size}
+        yield from by_turns(
+            [(labels | way._asdict(), training(bench, case, way, batch)) for way in case.ways],
+            bench.plan.rounds,
+        )
         gc.collect()
         torch.cuda.empty_cache()
 
 
+def steps(bench: Bench) -> Iterator[Row]:
+    """Training steps on synthetic batches, with AMP and without (off: convolutions in TF32)."""
+    return trainings(bench, bench.plan.cases)
+
+
 def compiled(bench: Bench) -> Iterator[Row]:
-    """The same with torch.compile; the time until the first step is that of compiling."""
-    yield from compare(bench, bench.plan.compiled)
+    """The same with torch.compile, whose work is in the time until the first step."""
+    return trainings(bench, [bench.plan.compiled])
 
 
 def fed(
@@ -238,80 +253,75 @@ def fed(
     source: Callable[[], Iterable[Batch]],
     act: Callable[[Batch], object],
     left_out: int = 0,
-    loader: Batches | None = None,
+    waited: Callable[[], float] | None = None,
 ) -> Contender:
-    """Takes all batches of a `source`; the first `left_out` are not timed."""
+    """Takes all batches of a `source`, an epoch a turn; the first `left_out` are not timed."""
     while True:
         batches, images = iter(source()), 0
         for batch in islice(batches, left_out):
             act(batch)
-        waited, start = loader.waited if loader else 0.0, bench.clock()
+        before, start = waited() if waited else 0.0, bench.clock()
         for batch in batches:
             act(batch)
             images += len(batch.images)
         spent = bench.clock() - start
-        share = {"waited": (loader.waited - waited) / spent} if loader else {}
+        share = {"waited": (waited() - before) / spent} if waited else {}
         yield {"images/s": images / spent, **share}
 
 
 def load(bench: Bench) -> Iterator[Row]:
-    """The same training fed by synthetic batches, by files, and by the cache; each loader alone."""
-    case, plan = bench.plan.loader, bench.plan
-    step, synthetic, epochs = bench.trainer(case, case.ways[0]), bench.synthetic(case), count()
-    numbers = draw("recipe", 0, 0, range(case.batch_size))
-    annotations = bench.annotations(plan.epoch, case.batch_size)
-    start = plan.epoch // 2  # with steps it takes longer, and half of an epoch is enough
+    """One training, fed by a batch that is on the device, by files and by the cache; loaders alone.
 
+    The device augments. "waited" is the share of the time that the training waited for data. Beside
+    a training the first batch of an epoch is not timed, as these epochs are short.
+    """
+    case, epoch = bench.plan.loader, bench.plan.epoch
+    step, batch, epochs = bench.trainer(case, case.ways[0]), bench.synthetic(case), count()
+    start = epoch - epoch // 3  # a training takes longer: it gets the end of an epoch alone
+    drawn = draw("recipe", 0, 0, range(case.batch_size))
+
+    @cache  # not before its first turn: what it raises is in its rows alone
     def loader(cache_dir: str) -> Batches:
-        return Batches(
-            annotations,
-            ImageSettings(
-                image_size=case.image_size,
-                batch_size=case.batch_size,
-                workers=bench.workers,
-                cache_dir=cache_dir,
-            ),
-            augment=AugmentSettings(),
-            on_device=True,
-            shuffle=True,
-            pin_memory=bench.on_cuda,
-        )
+        recipe = {"augment": AugmentSettings(), "on_device": True, "shuffle": True}
+        return bench.loader(bench.workers, cache_dir, **recipe)
 
-    def contenders(name: str, batches: Batches) -> Iterator[tuple[Row, Contender]]:
-        # A training waits for its first batch once in an epoch, which is short here.
-        training = fed(bench, lambda: batches.epoch(next(epochs), start), step, 1, batches)
-        yield {"batches": name, "consumer": "training"}, training
-        alone = fed(bench, lambda: batches.epoch(next(epochs)), lambda batch: None)
-        yield {"batches": name, "consumer": "none"}, alone
+    def same(batch: Batch) -> Contender:
+        return fed(bench, lambda: repeat(batch, epoch - start), step, left_out=1)
 
-    with TemporaryDirectory() as cache_dir:
-        runs = [
-            (
-                {"batches": f"synthetic{name}", "consumer": "training"},
-                fed(bench, lambda batch=batch: repeat(batch, plan.epoch - start), step, 1),
-            )
-            for name, batch in {
-                "": synthetic,
-                ", augmented": synthetic._replace(augmentation=numbers),
-            }.items()
-        ]
-        runs += contenders("files", loader(""))
-        runs += contenders("cache", loader(cache_dir))
-        yield from by_turns(runs, plan.rounds)
+    def training(folder: str) -> Contender:
+        source = lambda: loader(folder).epoch(next(epochs), start)  # noqa: E731
+        return fed(bench, source, step, left_out=1, waited=lambda: loader(folder).waited)
+
+    def alone(folder: str) -> Contender:
+        return fed(bench, lambda: loader(folder).epoch(next(epochs)), lambda batch: None)
+
+    with TemporaryDirectory() as folder:
+        runs = {
+            ("device", "training"): same(batch._replace(augmentation=drawn)),
+            ("device, not augmented", "training"): same(batch),
+            ("files", "training"): training(""),
+            ("files", "nothing"): alone(""),
+            ("cache", "training"): training(folder),
+            ("cache", "nothing"): alone(folder),
+        }
+        names = ("batches from", "for")
+        labelled = [(dict(zip(names, labels, strict=True)), run) for labels, run in runs.items()]
+        yield from by_turns(labelled, bench.plan.rounds)
 
 
 def jpeg(bench: Bench) -> Iterator[Row]:
     """From JPEG files to squished images: on the device (nvJPEG) and by the loader's workers."""
     case, epochs = bench.plan.loader, count()
-    annotations = bench.annotations(bench.plan.epoch, case.batch_size)
-    paths = [Path(annotations.path(row)) for row in range(case.batch_size)]
-    contents = [torch.from_numpy(np.fromfile(path, np.uint8)) for path in paths]
+    files = bench.annotations()
+    encoded = [
+        torch.from_numpy(np.fromfile(files.path(row), np.uint8)) for row in range(case.batch_size)
+    ]
 
     def decode() -> list[Tensor]:
         with warnings.catch_warnings():  # since 0.29 torchvision says that it will be removed
             warnings.simplefilter("ignore")
             mode = torchvision.io.ImageReadMode.RGB
-            return torchvision.io.decode_jpeg(contents, mode, device=bench.device)
+            return torchvision.io.decode_jpeg(encoded, mode, device=bench.device)
 
     def squished(image: Tensor) -> Tensor:
         size = (case.image_size, case.image_size)
@@ -322,21 +332,16 @@ def jpeg(bench: Bench) -> Iterator[Row]:
         while True:
             start = bench.clock()
             act()
-            yield {"images/s": len(contents) / (bench.clock() - start)}
+            yield {"images/s": len(encoded) / (bench.clock() - start)}
 
     def by_workers(workers: int, batches: int) -> Contender:
-        settings = ImageSettings(
-            image_size=case.image_size, batch_size=case.batch_size, workers=workers
-        )
-        loader = Batches(annotations, settings)
-        start = bench.plan.epoch - batches
-        return fed(bench, lambda: loader.epoch(next(epochs), start), lambda batch: None)
+        loader, start = bench.loader(workers), bench.plan.epoch - batches
+        yield from fed(bench, lambda: loader.epoch(next(epochs), start), lambda batch: None)
 
-    where = "nvJPEG" if bench.on_cuda else "torchvision on the CPU"
-    cores = bench.workers
+    cores, where = bench.workers, "nvJPEG" if bench.on_cuda else "torchvision on the CPU"
     runs = [
         ({"decoded by": "1 worker"}, by_workers(1, bench.plan.epoch // 4)),
-        ({"decoded by": f"{cores} workers, one per core"}, by_workers(cores, bench.plan.epoch)),
+        ({"decoded by": f"{cores} workers"}, by_workers(cores, bench.plan.epoch)),
         ({"decoded by": f"{where}, not resized"}, on_device(decode)),
         ({"decoded by": where}, on_device(lambda: [squished(image) for image in decode()])),
     ]
@@ -349,7 +354,7 @@ def losses(bench: Bench) -> Iterator[Row]:
     def turns(loss: loss_bench.Loss, logits: Tensor, targets: Tensor) -> Contender:
         loss_bench.step(loss, logits, targets)
         fixed = {
-            "kernels": bench.kernels(lambda: loss_bench.step(loss, logits, targets)),
+            bench.counted: bench.kernels(lambda: loss_bench.step(loss, logits, targets)),
             "peak extra MiB": loss_bench.peak_mebibytes(loss, logits, targets),
         }
         while True:
@@ -360,9 +365,8 @@ def losses(bench: Bench) -> Iterator[Row]:
         drawn = torch.rand(batch, classes, device=bench.device)
         targets = (drawn < 3 / classes).float()
         partial = torch.where(drawn > 0.5, -1.0, targets)  # half of the cells not annotated
-        contenders = loss_bench.losses()
-        first = "BCEWithLogitsLoss"
-        runs = [(name, contenders[name], targets) for name in sorted(contenders, key=first.__ne__)]
+        # The baseline comes last in that table, and first here.
+        runs = [(name, loss, targets) for name, loss in reversed(loss_bench.losses().items())]
         runs += [("PartialSelectiveLoss", PartialSelectiveLoss("selective"), partial)]
         yield from by_turns(
             [
@@ -385,7 +389,7 @@ def augmentation(bench: Bench) -> Iterator[Row]:
             apply_batch(images, numbers)
             host = time.perf_counter() - start
             spent = bench.clock() - start
-            yield {"ms": 1e3 * spent, "host ms": 1e3 * host, "kernels": started}
+            yield {"ms": 1e3 * spent, "host ms": 1e3 * host, bench.counted: started}
 
     images = bench.synthetic(case).images
     runs = [
@@ -393,20 +397,6 @@ def augmentation(bench: Bench) -> Iterator[Row]:
         for part in (images, images[: len(images) // 4])
     ]
     yield from by_turns(runs, bench.plan.short_rounds)
-
-
-def draw_photographs(folder: Path, count: int) -> None:
-    """JPEGs that decode like photographs: soft shades, shapes and grain, at quality 90."""
-    random = np.random.default_rng(0)
-    for number in range(count):
-        shades = Image.fromarray(random.integers(256, size=(6, 8, 3), dtype=np.uint8))
-        picture = shades.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
-        pencil = ImageDraw.Draw(picture)
-        for x, y, side, *colour in random.integers(256, size=(12, 6)).tolist():
-            pencil.ellipse((2 * x, y, 2 * x + side, y + side // 2), fill=tuple(colour))
-        grain = random.integers(-20, 20, size=(HEIGHT, WIDTH, 1), endpoint=True)
-        pixels = np.clip(np.asarray(picture) + grain, 0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number:04}.jpg", quality=90)
 
 
 class Section(NamedTuple):
@@ -421,6 +411,6 @@ SECTIONS = {  # the quick ones first: a run that is cut off has them
     "augmentation": Section(augmentation, 5),
     "loader": Section(load, 50),
     "jpeg": Section(jpeg, 20),
-    "steps": Section(steps, 100),
+    "step": Section(steps, 100),
     "compile": Section(compiled, 50),
 }
