@@ -40,7 +40,7 @@ from PIL import Image, ImageDraw
 
 from asl.atomic import write_result
 from asl.distributed import pick_device
-from asl.errors import UsageError, reported
+from asl.errors import DataError, UsageError, reported
 from asl.evaluation.provenance import provenance
 from asl.images.decode import find_images
 from asl.images.loader import default_workers
@@ -130,6 +130,8 @@ def measure(name: str, bench: Bench, seconds: float, report: dict[str, Any], pat
 def measure_all(args: argparse.Namespace) -> Path:
     """Measure the sections that were asked for; returns the file of the report."""
     device = pick_device(args.device)
+    if device.type != "cuda" and not args.quick:
+        raise UsageError(f"full size is for GPUs: --device {device} takes --quick")
     name = processor(device)
     path = Path(args.output) / f"{re.sub(r'[^A-Za-z0-9]+', '_', name).strip('_')}.json"
     torch.backends.cudnn.benchmark = True  # as in training
@@ -170,10 +172,12 @@ def main() -> None:
     parser.add_argument("--output", metavar="FOLDER", default="results/gpu")
     parser.add_argument("--table", metavar="JSON", help="print the table of a report, no more")
     args = parser.parse_args()
-    if torch.device(args.device).type != "cuda" and not (args.quick or args.table):
-        raise UsageError("full size is for GPUs: --device cpu takes --quick")
     path = Path(args.table) if args.table else measure_all(args)
-    print(f"\n{table(json.loads(path.read_text()))}\n\n{path}")
+    try:
+        report = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    print(f"\n{table(report)}\n\n{path}")
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ class Bench:
             device=self.device,
             amp=way.amp,
         )
-        prepare = preparation(*normalization(model), self.device)
+        prepare = preparation(*normalization(model), self.device, training.precision)
 
         def step(batch: Batch) -> None:
             images = prepare(batch)
@@ -159,7 +159,7 @@ class Bench:
             workers=workers,
             cache_dir=cache_dir,
         )
-        return Batches(self.annotations(), settings, pin_memory=self.on_cuda, **options)
+        return Batches(self.annotations(), settings, device=self.device, **options)
 
     def kernels(self, act: Callable[[], object]) -> int:
         """How many kernels `act` starts, without copies; on a CPU, operations without parts."""
