@@ -70,7 +70,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 def table(report: dict[str, Any]) -> str:
     """The report as markdown, a table for each section, and where it comes from."""
-    parts = [f"{report['device']}, {report['cores']} CPU cores, {report['photographs']}"]
+    parts = ["{device}; the loader has {workers} workers; {photographs}".format(**report)]
     sources: dict[str, list[str]] = defaultdict(list)
     for name, section in report["sections"].items():
         keys = [*dict.fromkeys(key for row in section["rows"] for key in row)]
@@ -144,7 +144,7 @@ def measure_all(args: argparse.Namespace) -> Path:
         of = f"of {args.photographs}" if args.photographs else f"drawn, {WIDTH} x {HEIGHT} px"
         report = {
             "device": name,
-            "cores": default_workers(),
+            "workers": args.workers,
             "photographs": f"{len(find_images(folder)[1])} JPEGs, {of}",
             "sections": sections,
         }

@@ -310,7 +310,10 @@ def load(bench: Bench) -> Iterator[Row]:
 
 
 def jpeg(bench: Bench) -> Iterator[Row]:
-    """From JPEG files to squished images: on the device (nvJPEG) and by the loader's workers."""
+    """From JPEG files to squished images: on the device, and by the loader's workers, a core each.
+
+    On a GPU the decoder is nvJPEG, given a batch at once; it starts from what was read already.
+    """
     case, epochs = bench.plan.loader, count()
     files = bench.annotations()
     encoded = [
