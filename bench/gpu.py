@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import numpy as np
 import torch
 import torchvision
-from gpu_sections import FULL, QUICK, SECTIONS, Bench, said
+from gpu_sections import FULL, QUICK, SECTIONS, Bench, OutOfTime, said
 from losses import processor
 from PIL import Image, ImageDraw
 
@@ -45,11 +45,8 @@ from asl.evaluation.provenance import provenance
 from asl.images.decode import find_images
 from asl.images.loader import default_workers
 
+SOURCE = "`{command}`, {date}, commit {commit}, {versions}; {workers} workers, {files}"
 WIDTH, HEIGHT = 500, 375  # of a drawn photograph: as in Pascal VOC
-
-
-class OutOfTime(BaseException):
-    """Not an Exception: nothing that answers for failures on the way may take it for one."""
 
 
 @contextmanager
@@ -68,9 +65,17 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def read(path: Path) -> dict[str, Any]:
+    try:
+        report: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    return report
+
+
 def table(report: dict[str, Any]) -> str:
     """The report as markdown, a table for each section, and where it comes from."""
-    parts = ["{device}; the loader has {workers} workers; {photographs}".format(**report)]
+    parts = [report["device"]]
     sources: dict[str, list[str]] = defaultdict(list)
     for name, section in report["sections"].items():
         keys = [*dict.fromkeys(key for row in section["rows"] for key in row)]
@@ -79,7 +84,7 @@ def table(report: dict[str, Any]) -> str:
         parts.append(f"### {name}\n\n{section['about']}")
         parts += ["\n".join(f"| {' | '.join(line)} |" for line in lines)] if lines else []
         parts += [f"Not all was measured: {section['failed']}"] if "failed" in section else []
-        sources["`{command}`, {date}, commit {commit}, {versions}".format(**section)].append(name)
+        sources[SOURCE.format(**section)].append(name)
     parts += [f"{', '.join(names)}: {source}" for source, names in sources.items()]
     return "\n\n".join(parts)
 
@@ -112,6 +117,8 @@ def measure(name: str, bench: Bench, seconds: float, report: dict[str, Any], pat
         "about": inspect.getdoc(run),
         "date": datetime.now(UTC).date().isoformat(),
         **provenance(),
+        "workers": bench.workers,
+        "files": bench.files,
         "rows": rows,
     }
     section["versions"] += f", torchvision {torchvision.__version__}"
@@ -132,23 +139,20 @@ def measure_all(args: argparse.Namespace) -> Path:
     device = pick_device(args.device)
     if device.type != "cuda" and not args.quick:
         raise UsageError(f"full size is for GPUs: --device {device} takes --quick")
-    name = processor(device)
-    path = Path(args.output) / f"{re.sub(r'[^A-Za-z0-9]+', '_', name).strip('_')}.json"
+    report: dict[str, Any] = {"device": processor(device), "sections": {}}
+    name = re.sub(r"[^A-Za-z0-9]+", "_", report["device"]).strip("_")
+    path = Path(args.output) / f"{name}.json"
+    if args.only and path.exists():
+        report = read(path)
     torch.backends.cudnn.benchmark = True  # as in training
     torch.manual_seed(0)
-    sections = json.loads(path.read_text())["sections"] if path.exists() and args.only else {}
     with TemporaryDirectory() as scratch:
+        folder, kind = Path(args.photographs or scratch), "JPEGs"
         if not args.photographs:
-            draw_photographs(Path(scratch), count=8 if args.quick else 192)
-        folder = Path(args.photographs or scratch)
-        of = f"of {args.photographs}" if args.photographs else f"drawn, {WIDTH} x {HEIGHT} px"
-        report = {
-            "device": name,
-            "workers": args.workers,
-            "photographs": f"{len(find_images(folder)[1])} JPEGs, {of}",
-            "sections": sections,
-        }
-        bench = Bench(device, QUICK if args.quick else FULL, folder, args.workers)
+            draw_photographs(folder, count=8 if args.quick else 192)
+            kind = f"drawn JPEGs of {WIDTH} x {HEIGHT} px"
+        files = f"{len(find_images(folder)[1])} {kind}"
+        bench = Bench(device, QUICK if args.quick else FULL, folder, files, args.workers)
         names = args.only or [name for name in SECTIONS if name != "compile" or not args.quick]
         end = time.perf_counter() + args.budget
         for number, name in enumerate(names):
@@ -173,11 +177,7 @@ def main() -> None:
     parser.add_argument("--table", metavar="JSON", help="print the table of a report, no more")
     args = parser.parse_args()
     path = Path(args.table) if args.table else measure_all(args)
-    try:
-        report = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    print(f"\n{table(report)}\n\n{path}")
+    print(f"\n{table(read(path))}\n\n{path}")
 
 
 if __name__ == "__main__":

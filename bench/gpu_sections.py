@@ -95,10 +95,13 @@ QUICK = Plan(
 
 
 class Bench:
-    """One run on one device, its `plan`, and the files that the loader and decoders read."""
+    """One run of a plan on one device, with a folder of JPEGs and what to say of these `files`."""
 
-    def __init__(self, device: torch.device, plan: Plan, folder: Path, workers: int) -> None:
-        self.device, self.plan, self.folder, self.workers = device, plan, folder, workers
+    def __init__(
+        self, device: torch.device, plan: Plan, folder: Path, files: str, workers: int
+    ) -> None:
+        self.device, self.plan, self.workers = device, plan, workers
+        self.folder, self.files = folder, files
         self.on_cuda = device.type == "cuda"
         self.counted = "kernels" if self.on_cuda else "operations"
 
@@ -176,26 +179,42 @@ class Bench:
         )
 
 
+class OutOfTime(BaseException):
+    """Not an Exception: nothing that answers for failures on the way may take it for one."""
+
+
 def by_turns(contenders: Sequence[tuple[Row, Contender]], rounds: int) -> Iterator[Row]:
-    """A row for each: what it is called and its median figures, or why it failed."""
+    """A row for each: what it is called and its median figures, or why there are none.
+
+    Raises `OutOfTime` after the rows of what was measured until then.
+    """
     turns: list[list[dict[str, float]]] = [[] for _ in contenders]
     failed: dict[int, str] = {}
-    for _ in range(rounds + 1):  # the first turn warms up
-        for number, (_, contender) in enumerate(contenders):
+    cut_off: OutOfTime | None = None
+    try:
+        for number in [*range(len(contenders))] * (rounds + 1):  # the first turn warms up
             try:
                 if number not in failed:
-                    turns[number].append(next(contender))
+                    turns[number].append(next(contenders[number][1]))
             except Exception as error:
                 failed[number] = said(error)
+    except OutOfTime as error:
+        cut_off = error
+        failed |= {number: said(error) for number, own in enumerate(turns) if len(own) < 2}
     for number, (labels, _) in enumerate(contenders):
-        if number in failed:
-            yield labels | {"failed": failed[number]}
-            continue
-        first, own = turns[0][1:], turns[number][1:]
-        leading, *others = ((key, statistics.median(turn[key] for turn in own)) for key in own[0])
-        ratios = [b[leading[0]] / a[leading[0]] for a, b in zip(first, own, strict=False)]
-        against = {"x first": statistics.median(ratios)} if 0 not in failed else {}
-        yield labels | dict([leading]) | against | dict(others)
+        yield labels | ({"failed": failed[number]} if number in failed else medians(turns, number))
+    if cut_off:
+        raise cut_off
+
+
+def medians(turns: Sequence[Sequence[dict[str, float]]], number: int) -> Row:
+    """The figures of one contender, the leading one also against that of the first contender."""
+    first, own = turns[0][1:], turns[number][1:]
+    leading, *others = ((key, statistics.median(turn[key] for turn in own)) for key in own[0])
+    # Who failed, or was cut off, has taken fewer turns.
+    ratios = [b[leading[0]] / a[leading[0]] for a, b in zip(first, own, strict=False)]
+    against = {"x first": statistics.median(ratios)} if ratios else {}
+    return dict([leading]) | against | dict(others)
 
 
 def said(error: BaseException) -> str:

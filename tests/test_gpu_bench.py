@@ -33,7 +33,7 @@ def gpu(monkeypatch):
 def contender(*figures):
     """Gives these figures of images/s turn by turn, and fails at one that is an error."""
     for figure in figures:
-        if isinstance(figure, Exception):
+        if isinstance(figure, BaseException):
             raise figure
         yield {"images/s": figure, "GiB": 1.0}
 
@@ -88,8 +88,25 @@ def test_a_section_that_runs_out_of_time_keeps_its_rows_on_disk(gpu, tmp_path, m
             pass
 
     monkeypatch.setitem(gpu.SECTIONS, "step", gpu.SECTIONS["step"]._replace(run=endless))
-    path, report = tmp_path / "report.json", {"sections": {}}
-    gpu.measure("step", None, 0.3, report, path)
+    path, report = tmp_path / "report.json", {"device": "none", "sections": {}}
+    bench = gpu.Bench(torch.device("cpu"), gpu.QUICK, tmp_path, "no files", workers=0)
+    gpu.measure("step", bench, 0.3, report, path)
     section = json.loads(path.read_text())["sections"]["step"]
     assert section["rows"] == [{"images/s": 1.0}]
     assert section["failed"].startswith("OutOfTime")
+
+
+def test_who_was_measured_before_the_time_was_over_has_a_row(gpu):
+    from gpu_sections import by_turns
+
+    runs = [({"name": "done"}, contender(1.0, 2.0)), ({"name": "late"}, contender(1.0, 3.0, 4.0))]
+    over = gpu.OutOfTime("1 s was not enough")
+    runs.append(({"name": "never"}, contender(1.0, over)))
+    rows = []
+    with pytest.raises(gpu.OutOfTime):
+        rows.extend(by_turns(runs, rounds=3))
+    assert [row.get("images/s", row.get("failed")) for row in rows] == [
+        2.0,
+        3.0,
+        f"OutOfTime: {over}",
+    ]
