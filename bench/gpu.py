@@ -19,12 +19,9 @@ import gc
 import inspect
 import json
 import re
-import signal
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import numpy as np
 import torch
 import torchvision
-from gpu_sections import FULL, QUICK, SECTIONS, Bench, OutOfTime, said
+from gpu_sections import FULL, QUICK, SECTIONS, Bench
+from gpu_turns import OutOfTime, said, time_limit
 from losses import processor
 from PIL import Image, ImageDraw
 
@@ -47,22 +45,6 @@ from asl.images.loader import default_workers
 
 SOURCE = "`{command}`, {date}, commit {commit}, {versions}; {workers} workers, {files}"
 WIDTH, HEIGHT = 500, 375  # of a drawn photograph: as in Pascal VOC
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raises `OutOfTime` inside the block when the seconds are over."""
-
-    def raise_out_of_time(*_: object) -> None:
-        raise OutOfTime(f"{seconds:.0f} s were not enough")
-
-    before = signal.signal(signal.SIGALRM, raise_out_of_time)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -113,7 +95,7 @@ def measure(name: str, bench: Bench, seconds: float, report: dict[str, Any], pat
     """Measure a section and keep it in the report and its file: after every row, and at the end."""
     run, start = SECTIONS[name].run, time.perf_counter()
     rows: list[dict[str, Any]] = []
-    section = {
+    section: dict[str, Any] = {
         "about": inspect.getdoc(run),
         "date": datetime.now(UTC).date().isoformat(),
         **provenance(),

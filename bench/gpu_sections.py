@@ -1,11 +1,10 @@
 """What bench/gpu.py measures: each section is a function that yields the rows of its table."""
 
 import gc
-import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import count, islice, repeat
@@ -18,6 +17,7 @@ import losses as loss_bench
 import numpy as np
 import torch
 import torchvision
+from gpu_turns import Contender, Row, by_turns
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.profiler import ProfilerActivity
@@ -35,8 +35,6 @@ from asl.training.settings import LossSettings, StepSettings
 from asl.training.step import Training
 
 CLASSES = 80
-Row = dict[str, Any]
-Contender = Iterator[dict[str, float]]  # each `next` is a turn: its figures, the leading one first
 
 
 class Way(NamedTuple):
@@ -170,56 +168,12 @@ class Bench:
         with torch.profiler.profile(activities=activities) as profiler:
             act()
             self.clock()
-        here = torch.autograd.DeviceType.CUDA if self.on_cuda else torch.autograd.DeviceType.CPU
         return sum(
-            event.device_type == here
+            event.device_type.name == self.device.type.upper()
             and not event.cpu_children
             and not event.name.startswith(("Memcpy", "Memset"))
             for event in profiler.events()
         )
-
-
-class OutOfTime(BaseException):
-    """Not an Exception: nothing that answers for failures on the way may take it for one."""
-
-
-def by_turns(contenders: Sequence[tuple[Row, Contender]], rounds: int) -> Iterator[Row]:
-    """A row for each: what it is called and its median figures, or why there are none.
-
-    Raises `OutOfTime` after the rows of what was measured until then.
-    """
-    turns: list[list[dict[str, float]]] = [[] for _ in contenders]
-    failed: dict[int, str] = {}
-    cut_off: OutOfTime | None = None
-    try:
-        for number in [*range(len(contenders))] * (rounds + 1):  # the first turn warms up
-            try:
-                if number not in failed:
-                    turns[number].append(next(contenders[number][1]))
-            except Exception as error:
-                failed[number] = said(error)
-    except OutOfTime as error:
-        cut_off = error
-        failed |= {number: said(error) for number, own in enumerate(turns) if len(own) < 2}
-    for number, (labels, _) in enumerate(contenders):
-        yield labels | ({"failed": failed[number]} if number in failed else medians(turns, number))
-    if cut_off:
-        raise cut_off
-
-
-def medians(turns: Sequence[Sequence[dict[str, float]]], number: int) -> Row:
-    """The figures of one contender, the leading one also against that of the first contender."""
-    first, own = turns[0][1:], turns[number][1:]
-    leading, *others = ((key, statistics.median(turn[key] for turn in own)) for key in own[0])
-    # Who failed, or was cut off, has taken fewer turns.
-    ratios = [b[leading[0]] / a[leading[0]] for a, b in zip(first, own, strict=False)]
-    against = {"x first": statistics.median(ratios)} if ratios else {}
-    return dict([leading]) | against | dict(others)
-
-
-def said(error: BaseException) -> str:
-    """The kind of an error and its first line."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def training(bench: Bench, case: Case, way: Way, batch: Batch) -> Contender:

@@ -65,7 +65,7 @@ def test_without_a_gpu_one_line_says_so(tmp_path):
 
 
 def test_figures_are_medians_after_the_first_turn_and_a_failure_is_a_row_of_its_own(gpu):
-    from gpu_sections import by_turns
+    from gpu_turns import by_turns
 
     runs = {
         "first": contender(1.0, 10.0, 20.0, 40.0),
@@ -97,7 +97,7 @@ def test_a_section_that_runs_out_of_time_keeps_its_rows_on_disk(gpu, tmp_path, m
 
 
 def test_who_was_measured_before_the_time_was_over_has_a_row(gpu):
-    from gpu_sections import by_turns
+    from gpu_turns import by_turns
 
     runs = [({"name": "done"}, contender(1.0, 2.0)), ({"name": "late"}, contender(1.0, 3.0, 4.0))]
     over = gpu.OutOfTime("1 s was not enough")
