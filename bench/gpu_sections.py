@@ -129,7 +129,7 @@ class Bench:
             model,
             create_loss(LossSettings()),
             StepSettings(compile=way.compiled),
-            steps_per_epoch=1000,
+            batches_per_epoch=1000,
             device=self.device,
             amp=way.amp,
         )
