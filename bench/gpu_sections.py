@@ -137,7 +137,7 @@ class Bench:
 
         def step(batch: Batch) -> None:
             images = prepare(batch)
-            images = images.contiguous() if contiguous else images  # a thousandth of the step
+            images = images.contiguous() if contiguous else images  # one more pass over them
             training.step(images, batch.targets.to(self.device, non_blocking=True))
 
         return step
