@@ -89,7 +89,8 @@ def without_engine() -> Iterator[None]:
 
     with (
         mock.patch("torch.Tensor.backward", _backward),
-        mock.patch("torch._C._current_graph_task_id", lambda: 0),  # of checkpointed activations
+        # Checkpointed activations ask for it.
+        mock.patch("torch._C._current_graph_task_id", return_value=0),
         torch.autograd.graph.saved_tensors_hooks(keep, take),
     ):
         yield
@@ -101,7 +102,8 @@ def _backward(loss: Tensor) -> None:
     calls = _calls_awaited(root)
     gradients: dict[Any, dict[int, Tensor]] = defaultdict(dict)
     gradients[root][0] = torch.ones_like(loss)
-    ready, number_ready = [(0, 0, root)], 0
+    ready: list[tuple[float, int, Any]] = [(0, 0, root)]
+    number_ready = 0
     while ready:
         *_, node = heapq.heappop(ready)
         received = gradients.pop(node, {})
