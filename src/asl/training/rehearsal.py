@@ -68,6 +68,7 @@ _generator = torch.Generator
 # What asks for the driver, though it could do without.
 _WITHOUT_DRIVER: dict[str, Any] = {
     "torch.Generator": lambda device=None: _generator(),
+    "torch.cuda.Event": mock.MagicMock,
     "torch.cuda.is_bf16_supported": lambda including_emulation=True: True,
     "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
 }
