@@ -7,7 +7,7 @@ from torch import nn
 
 from asl.errors import UsageError
 from asl.models.build import check_size, create_model, place
-from asl.models.fold import fold_batchnorm
+from asl.models.inference import fold_batchnorm
 from asl.models.layout import ChannelsLastBlurPool2d, ChannelsLastSpaceToDepth, keep_channels_last
 
 LAYOUTS = {"channels last": torch.channels_last, "contiguous": torch.contiguous_format}

@@ -62,7 +62,7 @@ class ChannelsLastBlurPool2d(BlurPool2d):
         return conv2d(padded, weight, stride=self.stride, groups=x.shape[1])
 
     def _ends(self, size: int, before: int) -> tuple[int, int]:
-        """How many pixels go before and behind so many: fewer behind, where none would read them."""
+        """How many pixels go before and behind so many: behind, only those that are read."""
         steps = (size + 2 * before - self.filt_size) // self.stride
         return before, max(0, steps * self.stride + self.filt_size - size - before)
 
