@@ -8,9 +8,11 @@ help:  ## this list
 
 setup: .venv/ready  ## the environment alone, at .venv, with the project installed editable
 
-.venv/ready: requirements.txt requirements-dev.txt pyproject.toml
+REQUIREMENTS := requirements.txt requirements-wandb.txt requirements-dev.txt
+
+.venv/ready: $(REQUIREMENTS) pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check -q -r requirements.txt -r requirements-dev.txt
+	$(BIN)/pip install --disable-pip-version-check -q $(REQUIREMENTS:%=-r %)
 	$(BIN)/pip install --disable-pip-version-check -q --no-deps -e .
 	touch $@
 
