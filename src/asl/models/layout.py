@@ -101,7 +101,7 @@ class _Reflected(torch.autograd.Function):
         inner = _folded(grad[..., top : rows - bottom, :], width)
         for outside, mirrored in _mirrored(rows, ctx.height):
             line = _folded(grad[..., outside : outside + 1, :], width)
-            inner[..., mirrored - top, :] += line[..., 0, :]
+            inner[..., mirrored - top, :].add_(line[..., 0, :])  # += would copy it back as well
         return inner, None, None
 
 
@@ -118,7 +118,7 @@ def _folded(lines: Tensor, ends: tuple[int, int]) -> Tensor:
     size = lines.shape[-1]
     inner = lines[..., before : size - behind].clone(memory_format=torch.channels_last)
     for outside, mirrored in _mirrored(size, ends):
-        inner[..., mirrored - before] += lines[..., outside]
+        inner[..., mirrored - before].add_(lines[..., outside])
     return inner
 
 
