@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint bench gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -31,8 +31,15 @@ lint: setup  ## ruff, its formatter and mypy, without changing anything
 test: lint  ## lint, types and tests
 	$(BIN)/python -m pytest -n 2
 
-bench: setup  ## every benchmark: prints tables, takes a while
-	@for each in bench/*.py; do echo "## $$each"; $(BIN)/python $$each || exit 1; done
+bench: setup  ## every benchmark of a CPU: prints tables, takes a while
+	@for each in $(filter-out bench/gpu%,$(wildcard bench/*.py)); do echo "## $$each"; $(BIN)/python $$each || exit 1; done
+
+gpu:  ## CUDA tests, and the benchmark of a GPU: 4 minutes; prints tables, writes results/gpu
+	@nvidia-smi --list-gpus 2>/dev/null | grep -q GPU || \
+		{ echo "make gpu needs an NVIDIA GPU, and nvidia-smi finds none" >&2; exit 2; }
+	@$(MAKE) --no-print-directory setup
+	$(BIN)/python -m pytest -m cuda
+	$(BIN)/python bench/gpu.py
 
 clean:  ## remove the environment, runs and drawn data
 	rm -rf .venv runs data .pytest_cache .mypy_cache .ruff_cache
