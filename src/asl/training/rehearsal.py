@@ -17,6 +17,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 
 M = TypeVar("M", bound=nn.Module)
@@ -32,11 +33,13 @@ class Rehearsal:
     def on(self, device: torch.device) -> Iterator[None]:
         """Everything inside the block computes with fake tensors; `device` may have no driver."""
         with ExitStack() as stack:
+            replaced = _WITHOUT_VALUES
             stack.enter_context(mock.patch.object(FakeTensor, "__deepcopy__", _copied, create=True))
             if device.type == "cuda" and not torch.cuda.is_available():
                 stack.enter_context(without_engine())
-                for name, replaced in _WITHOUT_DRIVER.items():
-                    stack.enter_context(mock.patch(name, replaced))
+                replaced = replaced | _WITHOUT_DRIVER
+            for name, replacement in replaced.items():
+                stack.enter_context(mock.patch(name, replacement))
             stack.enter_context(self._mode)
             yield
 
@@ -64,11 +67,27 @@ def _copied(self: FakeTensor, memo: dict[int, Any]) -> Tensor:
     return copied
 
 
+# What has no fake counterpart.
+_WITHOUT_VALUES: dict[str, Any] = {
+    "torch.frombuffer": lambda buffer, dtype: torch.empty(
+        len(buffer) // dtype.itemsize, dtype=dtype
+    ),
+    "torch.Tensor.pin_memory": lambda tensor: tensor,
+}
+
+
+def _layout_of_convolution(images: Tensor, weight: Tensor, backend: object) -> torch.memory_format:
+    """cuDNN's choice, which takes every convolution; torch asks the driver if it takes bfloat16."""
+    layouts = [suggest_memory_format(each) for each in (images, weight)]
+    return torch.channels_last if torch.channels_last in layouts else torch.contiguous_format
+
+
 _generator = torch.Generator
 # What asks for the driver, though it could do without.
 _WITHOUT_DRIVER: dict[str, Any] = {
     "torch.Generator": lambda device=None: _generator(),
     "torch.cuda.Event": mock.MagicMock,
+    "torch._C._conv_determine_backend_memory_format": _layout_of_convolution,
     "torch.cuda.is_bf16_supported": lambda including_emulation=True: True,
     "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
 }
@@ -79,7 +98,8 @@ def without_engine() -> Iterator[None]:
     """Inside the block `Tensor.backward` does without autograd's engine, which needs a driver.
 
     The graph is built as always, and each of its nodes computes what it always does. Only who calls
-    them is replaced. A saved tensor is let go when its node has taken it, as the engine does.
+    them is replaced. A saved tensor is let go when its node has taken it, as the engine does. Hooks
+    of tensors and nodes are not called.
     """
 
     def keep(tensor: Tensor) -> list[Tensor]:
@@ -90,7 +110,8 @@ def without_engine() -> Iterator[None]:
 
     with (
         mock.patch("torch.Tensor.backward", _backward),
-        mock.patch("torch._C._current_graph_task_id", lambda: 0),  # of checkpointed activations
+        # Checkpointed activations ask for it.
+        mock.patch("torch._C._current_graph_task_id", return_value=0),
         torch.autograd.graph.saved_tensors_hooks(keep, take),
     ):
         yield
@@ -102,7 +123,8 @@ def _backward(loss: Tensor) -> None:
     calls = _calls_awaited(root)
     gradients: dict[Any, dict[int, Tensor]] = defaultdict(dict)
     gradients[root][0] = torch.ones_like(loss)
-    ready, number_ready = [(0, 0, root)], 0
+    ready: list[tuple[float, int, Any]] = [(0, 0, root)]
+    number_ready = 0
     while ready:
         *_, node = heapq.heappop(ready)
         received = gradients.pop(node, {})
