@@ -33,6 +33,10 @@ class Rehearsal:
         """Everything inside the block computes with fake tensors; `device` may have no driver."""
         with ExitStack() as stack:
             stack.enter_context(mock.patch.object(FakeTensor, "__deepcopy__", _copied, create=True))
+            # A rehearsal is alone: other processes would wait for what a fake tensor cannot send.
+            stack.enter_context(mock.patch("torch.distributed.is_initialized", lambda: False))
+            stack.enter_context(mock.patch("torch.Tensor.pin_memory", lambda tensor: tensor))
+            stack.enter_context(mock.patch("torch.frombuffer", self._frombuffer))
             if device.type == "cuda" and not torch.cuda.is_available():
                 stack.enter_context(without_engine())
                 for name, replaced in _WITHOUT_DRIVER.items():
@@ -54,6 +58,10 @@ class Rehearsal:
         with FakeCopyMode(self._mode):
             return copy.deepcopy(module, memo)
 
+    def _frombuffer(self, buffer: Any, dtype: torch.dtype) -> Tensor:
+        # torch makes a real tensor of it, whatever mode it is in.
+        return self._mode.from_tensor(_frombuffer(buffer, dtype=dtype))
+
 
 def _copied(self: FakeTensor, memo: dict[int, Any]) -> Tensor:
     """What torch's own copy of a tensor does, but for a look at its memory."""
@@ -64,12 +72,41 @@ def _copied(self: FakeTensor, memo: dict[int, Any]) -> Tensor:
     return copied
 
 
-_generator = torch.Generator
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """The attention that a GPU of 2020 or later computes, by FlashAttention or what is like it.
+
+    Without a driver torch takes the formula instead, which keeps (B, heads, N, N) of weights.
+    """
+    if torch.is_autocast_enabled("cuda"):
+        lower = torch.get_autocast_dtype("cuda")
+        query, key, value = query.to(lower), key.to(lower), value.to(lower)
+    same: tuple[Any, ...] = (dropout_p, is_causal)
+    if attn_mask is None and query.dtype != torch.float32:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        out: Tensor = flash(query, key, value, *same, scale=scale)[0]
+        return out
+    if attn_mask is not None:
+        attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    out = efficient(query, key, value, attn_mask, True, *same, scale=scale)[0]
+    return out
+
+
+_generator, _frombuffer = torch.Generator, torch.frombuffer
 # What asks for the driver, though it could do without.
 _WITHOUT_DRIVER: dict[str, Any] = {
     "torch.Generator": lambda device=None: _generator(),
     "torch.cuda.is_bf16_supported": lambda including_emulation=True: True,
     "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
+    "torch.nn.functional.scaled_dot_product_attention": _attention,
 }
 
 
@@ -89,7 +126,7 @@ def without_engine() -> Iterator[None]:
 
     with (
         mock.patch("torch.Tensor.backward", _backward),
-        mock.patch("torch._C._current_graph_task_id", lambda: 0),  # of checkpointed activations
+        mock.patch("torch._C._current_graph_task_id", return_value=0),  # checkpoints ask for it
         torch.autograd.graph.saved_tensors_hooks(keep, take),
     ):
         yield
@@ -101,7 +138,8 @@ def _backward(loss: Tensor) -> None:
     calls = _calls_awaited(root)
     gradients: dict[Any, dict[int, Tensor]] = defaultdict(dict)
     gradients[root][0] = torch.ones_like(loss)
-    ready, number_ready = [(0, 0, root)], 0
+    ready: list[tuple[float, int, Any]] = [(0, 0, root)]
+    number_ready = 0
     while ready:
         *_, node = heapq.heappop(ready)
         received = gradients.pop(node, {})

@@ -1,0 +1,170 @@
+"""How much memory a training takes on its device, found out without that device.
+
+A rehearsed training (`asl.training.rehearsal`) runs the very code of a training on tensors without
+values. What is counted is each piece of memory that its operations make, for as long as something
+holds it.
+"""
+
+import weakref
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import astuple, dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from asl.distributed import precision
+from asl.evaluation.score import score
+from asl.images.augment import draw
+from asl.images.loader import Batch
+from asl.images.prepare import augments_on_device, preparation
+from asl.models.build import normalization
+from asl.models.fold import fold_batchnorm
+from asl.training.rehearsal import Rehearsal
+from asl.training.settings import TrainConfig
+from asl.training.step import Training
+
+GB = 10**9
+GPU = torch.device("cuda:0")
+BLOCK = 512  # bytes: CUDA's allocator of torch gives out multiples of it
+# What a GPU holds beside the tensors. CUDA's context with the kernels of torch, cuDNN and cuBLAS
+# takes about half a gigabyte, the workspaces of convolutions and matrix products the rest; what
+# falls between the blocks of the allocator grows with what it gives out.
+CUDA_ITSELF, CUDA_SHARE = 1 * GB, 0.05
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the tensors of a training take, in bytes, when they take most.
+
+    `activations` are all but the other four: what the forward pass keeps for the backward pass, the
+    batch, and what is computed just then. Gradients count in full, although the last of them are
+    made when the first activations are gone. Where a validation takes more than a step, its copies
+    of the weights count as activations.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    averages: int
+    activations: int
+
+    @property
+    def peak(self) -> int:
+        """All of it."""
+        return sum(astuple(self))
+
+    @property
+    def of_gpu(self) -> int:
+        """What a GPU must have for it, CUDA's own share included."""
+        return round(CUDA_ITSELF + (1 + CUDA_SHARE) * self.peak)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """The memory with `batch_size` images on the device, and with twice as many."""
+
+    batch_size: int
+    memory: Memory
+    doubled: Memory
+
+    def largest_batch(self, size: int) -> int:
+        """How many images fit a GPU of `size` bytes, 0 if not even one: on a line through both."""
+        slope = (self.doubled.of_gpu - self.memory.of_gpu) / self.batch_size
+        return max(0, self.batch_size + int((size - self.memory.of_gpu) // slope))
+
+
+def growth(
+    config: TrainConfig, model: nn.Module, loss: nn.Module, device: torch.device, batch_size: int
+) -> Growth:
+    """Two estimates, from which follows how large a batch may be."""
+    memory, doubled = (
+        estimate(config, model, loss, device, count) for count in (batch_size, 2 * batch_size)
+    )
+    return Growth(batch_size, memory, doubled)
+
+
+def estimate(
+    config: TrainConfig, model: nn.Module, loss: nn.Module, device: torch.device, batch_size: int
+) -> Memory:
+    """The memory of one process that trains `model` as `config` says on a device of that type.
+
+    `batch_size` images are on the device at once. The model and the loss stay as they are, and the
+    device need not be there. It takes seconds: a few steps and a validation are rehearsed, on a GPU
+    also where a CPU is meant, which keeps the same tensors. `--compile` is left out: compiled models
+    usually take less.
+    """
+    rehearsal, live = Rehearsal(), _Storages(GPU)
+    amp = config.compute.amp if device.type == "cuda" or config.compute.amp != "auto" else "off"
+    settings = config.step.replace(compile=False)
+    model, loss = (rehearsal.copy_of(module, GPU) for module in (model, loss))
+    with rehearsal.on(GPU), live:
+        live.follow(chain(model.parameters(), model.buffers()))
+        weights = live.bytes
+        training = Training(model, loss, settings, steps_per_epoch=4, device=GPU, amp=amp)
+        averages = live.bytes - weights
+        images = torch.empty(batch_size, 3, *2 * [config.images.image_size], dtype=torch.uint8)
+        num_classes: int = model.num_classes  # type: ignore[assignment]  # timm's models say
+        targets = torch.zeros(batch_size, num_classes, dtype=torch.int8)
+        augmentation = None
+        if augments_on_device(config.augment, device.type):
+            augmentation = draw(config.augment.augment, 0, 0, range(batch_size))
+        batch = Batch(images, targets, augmentation)
+        prepare = preparation(*normalization(model), GPU)
+        for _ in range(2):  # the optimizer has a state in the second
+            training.step(prepare(batch), targets.to(GPU))
+        _validate(training, batch, amp)
+    gradients = _size(parameter for parameter in model.parameters() if parameter.requires_grad)
+    optimizer = _size(chain(*(state.values() for state in training.optimizer.state.values())))
+    rest = live.peak - weights - averages - optimizer - gradients
+    return Memory(weights, gradients, optimizer, averages, rest)
+
+
+def _validate(training: Training, batch: Batch, amp: str) -> None:
+    models = [fold_batchnorm(deepcopy(each)) for each in (training.ema.module, training.model)]
+    computed_in = precision(amp, GPU, training=False)
+    score(models, [batch], preparation(*normalization(training.model), GPU), computed_in)
+
+
+class _Storages(TorchDispatchMode):
+    """Inside the block, the `bytes` of all memory on `device` that operations make; their `peak`."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device, self.bytes, self.peak = device, 0, 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.follow(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+        return out
+
+    def follow(self, tensors: Iterable[Tensor]) -> None:
+        """Count the memory of these tensors, once for all views of it, until it is freed."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if tensor.device != self.device or storage._cdata in self._known:
+                continue
+            size = _blocks(storage.nbytes())
+            self._known.add(storage._cdata)
+            self.bytes += size
+            self.peak = max(self.peak, self.bytes)
+            weakref.finalize(storage, self._freed, storage._cdata, size)
+
+    def _freed(self, address: int, size: int) -> None:
+        self._known.discard(address)
+        self.bytes -= size
+
+
+def _size(tensors: Iterable[Tensor]) -> int:
+    return sum(_blocks(tensor.nbytes) for tensor in tensors)
+
+
+def _blocks(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
