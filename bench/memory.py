@@ -17,8 +17,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY / "src"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import torch
 from torch import nn
 
@@ -115,7 +114,7 @@ def growth_of(recipe: TrainConfig, batch_size: int) -> Growth:
 def tabulate() -> None:
     print(f"| recipe | batch size | memory, 1 process | of each of {PROCESSES} |", end="")
     print(" largest batch, 24 GB | 80 GB |\n| --- | ---: | ---: | ---: | ---: | ---: |")
-    for path in sorted((REPOSITORY / "configs").glob("*.yaml")):
+    for path in sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml")):
         recipe = TrainConfig.of(**read_recipe(path, TrainConfig))
         together = recipe.images.batch_size
         alone = growth_of(recipe, together)

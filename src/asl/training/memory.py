@@ -95,8 +95,8 @@ def estimate(
 
     `batch_size` images are on the device at once. The model and the loss stay as they are, and the
     device need not be there. It takes seconds: a few steps and a validation are rehearsed, on a GPU
-    also where a CPU is meant, which keeps the same tensors. `--compile` is left out: compiled models
-    usually take less.
+    also where a CPU is meant, which keeps the same tensors. `--compile` is left out: models that
+    are compiled usually take less.
     """
     rehearsal, live = Rehearsal(), _Storages(GPU)
     amp = config.compute.amp if device.type == "cuda" or config.compute.amp != "auto" else "off"
@@ -130,11 +130,11 @@ def _validate(training: Training, batch: Batch, amp: str) -> None:
     score(models, [batch], preparation(*normalization(training.model), GPU), computed_in)
 
 
-class _Storages(TorchDispatchMode):
-    """Inside the block, the `bytes` of all memory on `device` that operations make; their `peak`."""
+class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """In the block, the `bytes` of all memory on `device` that operations make; their `peak`."""
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device, self.bytes, self.peak = device, 0, 0
         self._known: set[int] = set()
 

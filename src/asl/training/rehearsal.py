@@ -34,7 +34,7 @@ class Rehearsal:
         with ExitStack() as stack:
             stack.enter_context(mock.patch.object(FakeTensor, "__deepcopy__", _copied, create=True))
             # A rehearsal is alone: other processes would wait for what a fake tensor cannot send.
-            stack.enter_context(mock.patch("torch.distributed.is_initialized", lambda: False))
+            stack.enter_context(mock.patch("torch.distributed.is_initialized", return_value=False))
             stack.enter_context(mock.patch("torch.Tensor.pin_memory", lambda tensor: tensor))
             stack.enter_context(mock.patch("torch.frombuffer", self._frombuffer))
             if device.type == "cuda" and not torch.cuda.is_available():
