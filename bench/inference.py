@@ -23,7 +23,7 @@ from step import ratio, seconds
 from torch import Tensor, nn
 
 from asl.models.build import create_model
-from asl.models.fold import fold_batchnorm
+from asl.models.inference import fold_batchnorm
 
 
 def variants(model: nn.Module, images: Tensor, compiled: bool) -> dict[str, Callable[[], Tensor]]:

@@ -27,8 +27,8 @@ GROUP = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a process with a RA
 def process_group(device: torch.device) -> Iterator[torch.device]:
     """The processes that were started together work together inside the block.
 
-    Gives the device of this process: `device`, or on a machine with several GPUs its own. Tensors
-    on GPUs travel by NCCL, those on the host by gloo. Nested blocks are one.
+    Gives `device` back, that of `pick_device`. Tensors on GPUs travel by NCCL, those on the host by
+    gloo. Nested blocks are one.
 
     Raises `UsageError` where the environment has a RANK, but not what else a group needs.
     """
@@ -37,7 +37,9 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
         return
     outermost = not _joined()
     try:
-        yield _join(device) if outermost else device
+        if outermost:
+            _join(device)
+        yield device
     except RuntimeError:
         # A collective ends like this when another rank is gone. torchrun reports the rank that it
         # sees fail first, and ends this one while it sleeps.
@@ -49,19 +51,14 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def _join(device: torch.device) -> torch.device:
+def _join(device: torch.device) -> None:
     missing = [name for name in GROUP if name not in os.environ]
     if missing:
         raise UsageError(
             f"the environment has a RANK, but not {' and '.join(missing)}: set it, or unset RANK "
             "for a process on its own"
         )
-    backend = "gloo"
-    if device.type == "cuda":
-        if device.index is None:
-            device = torch.device("cuda", local_rank())
-        torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store, number, count = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
     store = _store_of_this_start(store, number, count)
     dist.init_process_group(backend, store=store, rank=number, world_size=count)
@@ -69,7 +66,6 @@ def _join(device: torch.device) -> torch.device:
     most = torch.tensor(restarts())
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     os.environ[RESTARTS] = str(int(most))
-    return device
 
 
 def _store_of_this_start(store: Any, number: int, count: int) -> Any:
@@ -209,6 +205,11 @@ class Vote:
 def pick_device(name: str = "") -> torch.device:
     """The device of that name; without one, the first that is there of CUDA, MPS and the CPU.
 
+    "cuda" is that of this process: of several GPUs in a machine each process has its own. It is
+    made the current device before anything is done on it. Every process would otherwise set up
+    CUDA on the first GPU too, which takes half a gigabyte there, and fails where a GPU is reserved
+    for one process.
+
     Raises `UsageError` for a device that is not there.
     """
     if not name:
@@ -216,10 +217,27 @@ def pick_device(name: str = "") -> torch.device:
         name = "mps" if torch.backends.mps.is_available() else name
     try:
         device = torch.device(name)
+        if device.type == "cuda" and torch.cuda.is_available():
+            device = _own_gpu(device)
+            torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()  # "meta" has no values
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {name!r}: {str(error).splitlines()[0]}") from None
     return device
+
+
+def _own_gpu(device: torch.device) -> torch.device:
+    index = device.index
+    if index is None:
+        index = local_rank() if launched() else 0
+    count = torch.cuda.device_count()  # does not set up CUDA on any of them
+    if index >= count:
+        number = f"process {index} of this machine has none: start at most {count} there"
+        raise UsageError(
+            f"this machine has {count} GPU{'s' * (count != 1)}, and "
+            + (number if device.index is None else f"there is no {device}")
+        )
+    return torch.device("cuda", index)
 
 
 def precision(amp: str, device: torch.device, training: bool) -> torch.dtype | None:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from asl.errors import DataError, UsageError
 from asl.models import checkpoint
 from asl.models.build import create_model
-from asl.models.fold import fold_batchnorm
+from asl.models.inference import fold_batchnorm
 from asl.models.settings import NewModelSettings, TrainedModelSettings
 from asl.models.weights import load_weights, new_model, trained_model
 

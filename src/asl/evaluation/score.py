@@ -14,7 +14,7 @@ from asl.images.loader import Batch, Batches
 from asl.images.prepare import preparation
 from asl.images.settings import ImageSettings
 from asl.models.build import check_size, normalization, place
-from asl.models.fold import fold_batchnorm
+from asl.models.inference import for_inference
 from asl.models.settings import DeviceSettings, TrainedModelSettings
 from asl.models.weights import trained_model
 
@@ -35,14 +35,45 @@ def score(
     the forward passes run in that precision.
     """
     models = [model.eval() for model in models]
-    parts: list[list[Tensor]] = [[] for _ in models]
+    tables = [_Table() for _ in models]
     for batch in batches:
         images = prepare(batch)
         with torch.autocast(images.device.type, computed_in, enabled=computed_in is not None):
             logits = [model(images)[: len(batch.targets)] for model in models]
-        for part, each in zip(parts, logits, strict=True):
-            part.append(each.float().sigmoid().to("cpu", kept_as))
-    return [torch.cat(part) for part in parts]
+        for table, each in zip(tables, logits, strict=True):
+            table.add(each.float().sigmoid().to(kept_as))
+    return [table.rows() for table in tables]
+
+
+class _Table:
+    """Rows that go to the host. Those of a GPU arrive while it works on the next batch."""
+
+    def __init__(self) -> None:
+        self._there: list[Tensor] = []
+        self._on_the_way: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows below the others. Does not wait for the device to make them."""
+        if not rows.is_cuda:
+            self._there.append(rows.cpu())
+            return
+        sent = rows.to("cpu", non_blocking=True)
+        arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrival.record()
+        self._arrive()
+        self._on_the_way = sent, arrival
+
+    def rows(self) -> Tensor:
+        """All rows, on the host."""
+        self._arrive()
+        return torch.cat(self._there)
+
+    def _arrive(self) -> None:
+        if self._on_the_way is not None:
+            sent, arrival = self._on_the_way
+            arrival.synchronize()
+            self._there.append(sent.clone())  # what the device writes to is pinned, and scarce
+            self._on_the_way = None
 
 
 def score_data_set(
@@ -58,11 +89,12 @@ def score_data_set(
     A progress bar has the `title`; `watched` may look at the batches as they pass.
     """
     images, classes = len(batches.annotations), batches.annotations.num_classes
+    computed_in = precision(amp, device, training=False)
     tables = score(
         models,
         watched(progress(batches, 0, title)),
-        preparation(*normalization(models[0]), device),
-        precision(amp, device, training=False),
+        preparation(*normalization(models[0]), device, computed_in),
+        computed_in,
         torch.float16 if images * classes > HALF_ABOVE else torch.float32,
     )
     return [gather_dealt(table, batches.batch_size_per_rank, images) for table in tables]
@@ -105,7 +137,7 @@ class Scorer:
         """Build the model of a checkpoint. Raises `UsageError` and `DataError` if that fails."""
         model, classes, loaded = trained_model(settings, images.image_size)
         return cls(
-            fold_batchnorm(place(model, device)),
+            for_inference(place(model, device)),
             classes,
             loaded.weights,
             settings,
@@ -120,7 +152,7 @@ class Scorer:
         Raises `UsageError` for images of a size that the model cannot take, and `DataError` for one
         that cannot be read.
         """
-        batches = Batches(annotations, self.images, pin_memory=self.device.type == "cuda")
+        batches = Batches(annotations, self.images, device=self.device)
         try:
             [scores] = score_data_set([self.model], batches, self.device, self.amp, title)
         except (RuntimeError, AssertionError, ArithmeticError, ValueError):

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakSet, finalize
@@ -28,6 +29,7 @@ from asl.images.slots import Slots
 from asl.images.torch_private import shut_down_workers
 
 MAX_UNREADABLE = 0.01  # share of the images that may be replaced before that is an error
+CPU = torch.device("cpu")
 PREFETCH = 2  # batches that each worker makes ahead
 log = logging.getLogger("asl")
 
@@ -62,8 +64,8 @@ class Batches:
     than two images of it, which batch normalisation cannot use, if full batches give every rank two
     or more: that is a rest of 1 image on one rank, and of up to 15 on eight.
 
-    Workers fill shared memory of 2 `workers` + 1 batches over and over. What comes out is a copy,
-    with `pin_memory` one that a GPU can fetch while the host goes on.
+    Workers fill shared memory of 2 `workers` + 1 batches over and over. What comes out is a copy on
+    the host. `device` is where the model is: a CUDA device can fetch it while the host goes on.
 
     With `augment.bad_images` "skip", an image that cannot be read is replaced by another, drawn by
     (`seed`, epoch, index), and named in a warning when the epoch ends.
@@ -80,7 +82,7 @@ class Batches:
         on_device: bool = False,
         shuffle: bool = False,
         seed: int = 0,
-        pin_memory: bool = False,
+        device: torch.device = CPU,
     ) -> None:
         policy: Policy = augment.augment if augment else "none"
         bad_images = augment.bad_images if augment else "error"
@@ -116,11 +118,11 @@ class Batches:
             skip=bad_images == "skip",
             max_pixels=settings.max_pixels,
         )
-        self._loader = _loader(self._filler, self._sampler, workers)
+        self._loader = _loader(self._filler, self._sampler, workers, nice=device.type == "cpu")
         self.annotations = annotations
         self.batch_size, self.batch_size_per_rank = settings.batch_size, self._sampler.per_rank
         self.waited = 0.0
-        self._device_policy, self._pin_memory = policy if on_device else None, pin_memory
+        self._device_policy, self._pin_memory = policy if on_device else None, device.type == "cuda"
         self._unreadable_reported = 0
         _alive.add(self)
         # When Python collects a cycle it closes the queues of a loader before torch can tell the
@@ -162,14 +164,16 @@ class Batches:
         self._unreadable_reported = len(rows)
 
 
-def _loader(filler: "_SlotFiller", sampler: "RankSampler", workers: int) -> DataLoader[Any]:
+def _loader(
+    filler: "_SlotFiller", sampler: "RankSampler", workers: int, nice: bool
+) -> DataLoader[Any]:
     return DataLoader(
         filler,
         sampler=sampler,
         batch_size=None,  # a sample of this loader is a batch
         collate_fn=_as_is,
         num_workers=workers,
-        worker_init_fn=_in_worker,
+        worker_init_fn=partial(_in_worker, nice),
         prefetch_factor=PREFETCH if workers else None,
         persistent_workers=workers > 0,
         # The loader draws a base seed for its workers, which nothing here uses. Drawn from a
@@ -314,12 +318,13 @@ def _as_is(batch: object) -> object:
     return batch
 
 
-def _in_worker(worker: int) -> None:
+def _in_worker(nice: bool, worker: int) -> None:
     # Ctrl-C, `timeout` and batch schedulers signal every process of a group. The parent needs its
     # workers to end the step; they leave by themselves when it closes their queue or is gone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # Where the model runs on the same cores, a worker in the way of one of its threads holds up all
-    # of them at the next barrier: with one worker per core, steps took five times as long.
-    if hasattr(os, "nice"):
+    # of them at the next barrier: with one worker per core, steps took five times as long. A GPU
+    # waits for its workers, and they are not to give way to whatever else the machine does.
+    if nice and hasattr(os, "nice"):
         os.nice(19)

@@ -14,12 +14,16 @@ Statistics = tuple[float, ...]  # red, green, blue
 
 
 def preparation(
-    mean: Statistics, std: Statistics, device: torch.device
+    mean: Statistics,
+    std: Statistics,
+    device: torch.device,
+    computed_in: torch.dtype | None = None,
 ) -> Callable[[Batch], Tensor]:
-    """What makes (B, 3, S, S) float32 images on the device of a batch: (x / 255 - mean) / std.
+    """What makes (B, 3, S, S) images on the device of a batch: (x / 255 - mean) / std.
 
-    It first does the augmentation that the batch still asks for. The result is channels-last, the
-    layout that convolutions are fastest in.
+    It first does the augmentation that the batch still asks for. The images are what the model's
+    first layer takes, made in one pass: channels last, the layout that convolutions are fastest in,
+    and of the type `computed_in`, else float32. They are rounded to it once, at the end.
     """
     means, stds = (torch.tensor(each, device=device).view(3, 1, 1) for each in (mean, std))
     scale, shift = 1 / (255 * stds), -means / stds
@@ -28,8 +32,10 @@ def preparation(
         images = batch.images.to(device, non_blocking=True)
         if batch.augmentation is not None:
             images = apply_batch(images, batch.augmentation)
-        pixels = images.to(torch.float32, memory_format=torch.channels_last)
-        return torch.addcmul(shift, pixels, scale)
+        made = torch.empty_like(
+            images, dtype=computed_in or torch.float32, memory_format=torch.channels_last
+        )
+        return torch.addcmul(shift, images, scale, out=made)
 
     return prepare
 

@@ -69,7 +69,12 @@ def normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model on a device, in channels last: convolutions are fastest so, on GPUs and CPUs."""
+    """The model on a device, in channels last: convolutions are fastest so, on GPUs and CPUs.
+
+    cuDNN is told to search for the fastest algorithm, unless torch is to be deterministic: all
+    images have one size, so that a search pays.
+    """
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     return model.to(device).to(memory_format=torch.channels_last)
 
 

@@ -29,7 +29,7 @@ from asl.evaluation.score import Scorer, progress, score_data_set
 from asl.images.loader import Batches
 from asl.images.prepare import augments_on_device, preparation
 from asl.models.build import check_size, normalization, place
-from asl.models.fold import fold_batchnorm
+from asl.models.inference import for_inference
 from asl.models.settings import TrainedModelSettings
 from asl.models.weights import new_model
 from asl.training.adaptive import AdaptiveAsymmetry
@@ -64,7 +64,6 @@ def _fit(config: TrainConfig, device: torch.device) -> Path:
     val_set = read_split(config.data, "val", classes=train_set.classes)
     check_apart(config.data, train_set, val_set)
     run = Run(config)
-    pinned = device.type == "cuda"
     batches = Batches(
         train_set,
         config.images,
@@ -72,9 +71,9 @@ def _fit(config: TrainConfig, device: torch.device) -> Path:
         on_device=augments_on_device(config.augment, device.type),
         shuffle=True,
         seed=config.step.seed,
-        pin_memory=pinned,
+        device=device,
     )
-    val_batches = Batches(val_set, config.images, pin_memory=pinned)
+    val_batches = Batches(val_set, config.images, device=device)
     training = _new_training(config, train_set, len(batches), device, resumed=run.resumed)
     run.restore(training)
 
@@ -96,7 +95,7 @@ def train_epoch(training: Training, batches: Batches, run: Run, interrupts: Inte
     Raises `Interrupted` after the step in which a signal came.
     """
     config, device = run.config, training.device
-    prepare = preparation(*normalization(training.model), device)
+    prepare = preparation(*normalization(training.model), device, training.precision)
     started, batches.waited = time.perf_counter(), 0.0
     title = f"epoch {training.epoch + 1}/{config.last_epoch}"
     bar = progress(batches, training.epoch, title, start=len(training.losses))
@@ -121,7 +120,7 @@ def validate(training: Training, batches: Batches, run: Run, interrupts: Interru
     models = {"ema": training.ema.module, "regular": training.model}
     for model in models.values():
         broadcast_buffers(model)
-    folded = [fold_batchnorm(deepcopy(model)) for model in models.values()]
+    folded = [for_inference(deepcopy(model)) for model in models.values()]
     amp, watched = run.config.compute.amp, interrupts.until_stopped
     tables = score_data_set(folded, batches, training.device, amp, "validation", watched)
     scores = dict(zip(models, tables, strict=True))
@@ -206,8 +205,6 @@ def _choose_algorithms(deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    # Every image has the same size: the fastest algorithm for it is worth a search.
-    torch.backends.cudnn.benchmark = not deterministic
 
 
 def traced(items: Iterable[T], folder: Path) -> Iterator[T]:

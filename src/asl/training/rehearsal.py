@@ -104,6 +104,7 @@ _generator, _frombuffer = torch.Generator, torch.frombuffer
 # What asks for the driver, though it could do without.
 _WITHOUT_DRIVER: dict[str, Any] = {
     "torch.Generator": lambda device=None: _generator(),
+    "torch.cuda.Event": mock.MagicMock,
     "torch.cuda.is_bf16_supported": lambda including_emulation=True: True,
     "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
     "torch.nn.functional.scaled_dot_product_attention": _attention,

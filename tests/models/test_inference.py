@@ -4,7 +4,7 @@ from timm.layers.std_conv import StdConv2d
 from torch import nn
 
 from asl.models.build import create_model
-from asl.models.fold import fold_batchnorm
+from asl.models.inference import fold_batchnorm
 
 
 def norms(model):

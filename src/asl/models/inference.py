@@ -1,17 +1,48 @@
-"""Inference is faster when BatchNorm is part of the convolution before it."""
+"""A trained model made ready to give scores: quicker, and exact where its scores are made."""
 
 from collections import Counter
 from itertools import product
 from typing import Any
 
+import torch
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.norm_act import BatchNormAct2d
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import matches_module_pattern
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from asl.models.heads import head_names
+
 # Exact types: a subclass may do anything with its weights (StdConv2d standardises them).
 _PAIRS = list(product((nn.Conv2d, Conv2dSame), (nn.BatchNorm2d, BatchNormAct2d)))
+
+
+def for_inference(model: nn.Module) -> nn.Module:
+    """Make a model ready to give scores, in place, and return it: for that alone.
+
+    BatchNorm is folded, and the heads compute in float32, whatever autocast makes of the backbone.
+    """
+    fold_batchnorm(model)
+    for name in head_names(model):
+        model.set_submodule(name, _InFloat32(model.get_submodule(name)))
+    return model
+
+
+class _InFloat32(nn.Module):
+    """A head whose logits are not rounded.
+
+    bfloat16 has eight bits: logits between 4 and 8 are multiples of 1/32. Images with equal logits
+    have no order, and average precision depends on the order.
+    """
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, features: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            logits: Tensor = self.head(features.float())
+        return logits
 
 
 def fold_batchnorm(model: nn.Module) -> nn.Module:
