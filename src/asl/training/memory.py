@@ -6,7 +6,8 @@ holds it.
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import astuple, dataclass
 from itertools import chain
@@ -17,13 +18,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from asl.distributed import precision
+from asl.distributed import precision, world_size
+from asl.errors import TrainingError
 from asl.evaluation.score import score
 from asl.images.augment import draw
 from asl.images.loader import Batch
 from asl.images.prepare import augments_on_device, preparation
 from asl.models.build import normalization
-from asl.models.fold import fold_batchnorm
+from asl.models.inference import for_inference
 from asl.training.rehearsal import Rehearsal
 from asl.training.settings import TrainConfig
 from asl.training.step import Training
@@ -114,7 +116,7 @@ def estimate(
         if augments_on_device(config.augment, device.type):
             augmentation = draw(config.augment.augment, 0, 0, range(batch_size))
         batch = Batch(images, targets, augmentation)
-        prepare = preparation(*normalization(model), GPU)
+        prepare = preparation(*normalization(model), GPU, training.precision)
         for _ in range(2):  # the optimizer has a state in the second
             training.step(prepare(batch), targets.to(GPU))
         _validate(training, batch, amp)
@@ -125,9 +127,51 @@ def estimate(
 
 
 def _validate(training: Training, batch: Batch, amp: str) -> None:
-    models = [fold_batchnorm(deepcopy(each)) for each in (training.ema.module, training.model)]
+    models = [for_inference(deepcopy(each)) for each in (training.ema.module, training.model)]
     computed_in = precision(amp, GPU, training=False)
-    score(models, [batch], preparation(*normalization(training.model), GPU), computed_in)
+    prepare = preparation(*normalization(training.model), GPU, computed_in)
+    score(models, [batch._replace(augmentation=None)], prepare, computed_in)
+
+
+@contextmanager
+def out_of_memory_explained(
+    config: TrainConfig, training: Training, batch_size: int
+) -> Iterator[None]:
+    """Around steps of `batch_size` images: a device that is too small becomes a `TrainingError`.
+
+    It says what to lower, and by how much.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        size = _memory_of(training.device)
+        about = f" of {size / GB:.1f} GB" * (size > 0)
+        raise TrainingError(
+            f"{training.device}{about} is out of memory with {batch_size} images a step: "
+            + _advice(config, training, batch_size, size)
+        ) from None
+
+
+def _memory_of(device: torch.device) -> int:
+    """What this process may use of the device, in bytes; 0 where that is not known."""
+    if device.type != "cuda":
+        return 0
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    return int(share * torch.cuda.get_device_properties(device).total_memory)
+
+
+def _advice(config: TrainConfig, training: Training, batch_size: int, size: int) -> str:
+    try:
+        grown = growth(config, training.model, training.loss, training.device, batch_size)
+    except Exception:  # a model may do what tensors without values cannot
+        return "lower --batch-size"
+    needed, fitting = grown.memory.of_gpu, grown.largest_batch(size)
+    text = f"{needed / GB:.1f} GB by the estimate. "
+    if fitting >= batch_size:
+        return text + "That should fit: does something else use the device? Or lower --batch-size"
+    if not fitting:
+        return text + "Lower --batch-size or --image-size"
+    return text + f"Lower --batch-size to {fitting * world_size()}"
 
 
 class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
