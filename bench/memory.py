@@ -66,7 +66,7 @@ def measure(config: TrainConfig, device: torch.device) -> None:
         model,
         create_loss(config.loss),
         config.step,
-        steps_per_epoch=2,
+        batches_per_epoch=2,
         device=device,
         amp=config.compute.amp,
     )

@@ -79,7 +79,7 @@ class Loops:
 
 def training(model: nn.Module, amp: str = "off") -> Training:
     loss, settings = create_loss(LossSettings()), StepSettings(ema_decay=DECAY)
-    return Training(model, loss, settings, steps_per_epoch=1000, device=CPU, amp=amp)
+    return Training(model, loss, settings, batches_per_epoch=1000, device=CPU, amp=amp)
 
 
 def seconds(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from asl.distributed import launched, local_rank, process_group
+from asl.distributed import launched, local_rank, pick_device, process_group
 from asl.errors import UsageError
 
 SOURCE = Path(__file__).parent.parent / "src"
@@ -76,3 +76,48 @@ def test_the_number_of_a_process_on_its_machine(given, number, monkeypatch):
     for variable, value in {"RANK": "5", **given}.items():
         monkeypatch.setenv(variable, value)
     assert local_rank() == number
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """As if there were two: the list of what is done with CUDA, in order."""
+    done = []
+
+    def zeros(*shape, device):
+        done.append(("used", str(device)))
+        return torch.ones(1)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(("own", str(device))))
+    monkeypatch.setattr(torch, "zeros", zeros)
+    return done
+
+
+@pytest.mark.parametrize(
+    ("name", "environment", "expected"),
+    [
+        ("", {}, "cuda:0"),
+        ("cuda", {}, "cuda:0"),
+        ("cuda:1", {}, "cuda:1"),
+        ("cuda", {"RANK": "7", "LOCAL_RANK": "1"}, "cuda:1"),
+        ("", {"RANK": "7", "SLURM_LOCALID": "1"}, "cuda:1"),
+    ],
+)
+def test_a_process_is_on_its_own_gpu_before_it_does_anything_there(
+    name, environment, expected, two_gpus, monkeypatch
+):
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    assert pick_device(name) == torch.device(expected)
+    assert two_gpus == [("own", expected), ("used", expected)]
+
+
+def test_a_gpu_that_is_not_there_is_said_before_cuda_is_touched(two_gpus, monkeypatch):
+    with pytest.raises(UsageError, match=r"this machine has 2 GPUs, and there is no cuda:2"):
+        pick_device("cuda:2")
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UsageError, match=r"process 2 of this machine has none: start at most 2"):
+        pick_device("cuda")
+    assert not two_gpus

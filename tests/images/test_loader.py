@@ -432,3 +432,13 @@ def test_one_percent_of_the_images_may_be_unreadable_and_no_more(count, raises, 
             seen(batches)
     else:
         assert len(list(chain(*seen(batches)))) == count
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_workers_give_way_only_to_a_model_on_the_same_cores(device, pictures):
+    batches = batches_of(pictures(4), 2, workers=1, device=torch.device(device))
+    next(iter(batches._loader))
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    workers = [worker.pid for worker in batches._loader._iterator._workers]
+    nice = [os.getpriority(os.PRIO_PROCESS, pid) for pid in workers]
+    assert nice == [19 if device == "cpu" else own]

@@ -60,3 +60,11 @@ def test_the_recipe_cannot_be_done_on_apples_gpus_and_a_flip_can():
     with pytest.raises(UsageError, match="float64, which Apple GPUs do not have: use --augment-on"):
         augments_on_device(AugmentSettings(augment_on="device"), "mps")
     assert augments_on_device(AugmentSettings(augment_on="device", augment="flip"), "mps")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_images_are_rounded_to_the_type_they_are_computed_in_once(images, dtype):
+    full = preparation(MEAN, STD, CPU)(Batch(images, images))
+    half = preparation(MEAN, STD, CPU, dtype)(Batch(images, images))
+    assert torch.equal(half, full.to(dtype))
+    assert half.is_contiguous(memory_format=torch.channels_last)

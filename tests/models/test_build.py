@@ -121,3 +121,14 @@ def test_what_users_need_is_in_the_package_itself():
     assert load_weights is weights.load_weights
     with pytest.raises(AttributeError, match="no attribute 'load_wheights'"):
         _ = asl.models.load_wheights
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_algorithms_are_searched_for_where_a_model_is_placed(deterministic, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", deterministic)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        place(torch.nn.Conv2d(3, 4, 1), torch.device("cpu"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.backends.cudnn.benchmark is not deterministic

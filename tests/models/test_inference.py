@@ -1,10 +1,13 @@
+import copy
+
 import pytest
 import torch
 from timm.layers.std_conv import StdConv2d
 from torch import nn
 
 from asl.models.build import create_model
-from asl.models.inference import fold_batchnorm
+from asl.models.heads import head_names
+from asl.models.inference import fold_batchnorm, for_inference
 
 
 def norms(model):
@@ -108,3 +111,35 @@ def test_a_convolution_with_a_hook_stays_as_it_is():
         logits = seasoned(model, images).eval()(images)
         torch.testing.assert_close(fold_batchnorm(model)(images), logits, rtol=0, atol=1e-4)
         assert len(norms(model)) == left
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [("test_resnet", "linear"), ("test_vit", "linear"), ("test_vit", "bottleneck")],
+)
+def test_heads_compute_in_float32_whatever_the_backbone_does(name, head):
+    model = create_model(name, 7, head)
+    [where] = head_names(model)
+    received = []
+    with torch.no_grad():
+        for tensor in model.get_submodule(where).parameters():
+            tensor.normal_()
+    plain = copy.deepcopy(model.get_submodule(where))
+    ready = for_inference(model)
+    ready.get_submodule(where).register_forward_pre_hook(
+        lambda module, inputs: received.append(inputs[0])
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = ready(torch.rand(3, 3, 160, 160))
+    [features] = received
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, plain(features.float()))
+
+
+def test_a_model_that_computed_activations_again_no_longer_does():
+    model = create_model("test_resnet", 7)
+    model.set_grad_checkpointing(True)
+    assert not any(
+        isinstance(layer, torch.nn.BatchNorm2d) for layer in for_inference(model).modules()
+    )
+    assert not model.grad_checkpointing

@@ -1,12 +1,16 @@
 """A whole training: what its options change, what it records, and what ends it."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from run_log import figures_of, rows_of
 
 from asl.config import parse
 from asl.data.readers import read
@@ -19,10 +23,6 @@ from asl.training.fit import fit
 from asl.training.run import Run
 from asl.training.settings import TrainConfig
 from asl.training.step import Training
-
-
-def rows_of(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +90,8 @@ def test_where_images_come_from_and_are_augmented_changes_no_result(
     monkeypatch.chdir(tmp_path)
     plain = settings(small_shapes, "plain", augment="flip", epochs=1)
     other = settings(small_shapes, "other", augment="flip", epochs=1, **data_side)
-    logs = [(fit(config) / "metrics.jsonl").read_text() for config in (plain, other)]
-    assert logs[0] == logs[1]
+    one, two = (figures_of(fit(config)) for config in (plain, other))
+    assert one == two
     if "cache_dir" in data_side:
         assert len(list(Path("cache").glob("*.images"))) == 2  # training and validation
 
@@ -122,16 +122,93 @@ def test_validation_can_be_rarer_than_epochs_and_the_last_is_validated(
     assert ["mAP_ema" in row for row in rows_of(run)] == [False, True, True]
 
 
+def test_the_log_says_what_an_epoch_took(settings, small_shapes, tmp_path):
+    run = fit(settings(small_shapes, tmp_path, stop_epoch=2, val_every=2, grad_clip=1.0))
+    commit = ["git", "-C", str(Path(loop.__file__).parent), "describe", "--always", "--dirty"]
+    done = subprocess.run(commit, capture_output=True, text=True)
+    first, second = rows_of(run)
+    for row in (first, second):
+        assert row["commit"] == (done.stdout.strip() or "unknown")
+        assert row["images_per_second"] == pytest.approx(40 / row["seconds_training"], rel=0.1)
+        assert 0 <= row["waited_for_data"] < 1
+        assert 0.1 < row["peak_memory_gb"] < 100
+        assert row["gradient_norm"] > 1  # before it is clipped
+    assert "seconds_validation" not in first
+    assert second["seconds_validation"] > 0
+
+
+def test_a_line_of_the_log_every_few_steps(settings, small_shapes, tmp_path):
+    run = fit(settings(small_shapes, tmp_path, stop_epoch=2, print_freq=2))
+    rows = rows_of(run, "steps.jsonl")
+    assert [(row["epoch"], row["step"]) for row in rows] == [(1, 2), (1, 4), (2, 7), (2, 9)]
+    assert all(row["loss"] > 0 and row["images_per_second"] > 0 for row in rows)
+    assert rows[0]["lr"] < rows[1]["lr"]
+    assert "gradient_norm" not in rows_of(run)[0]
+
+
+def test_accumulated_batches_are_a_run_of_larger_ones(settings, small_shapes, tmp_path):
+    vit = {"model_name": "test_vit", "epochs": 2, "augment": "flip"}
+    one = fit(settings(small_shapes, tmp_path / "one", batch_size=16, **vit))
+    several = fit(settings(small_shapes, tmp_path / "several", accumulate=2, **vit))
+    for larger, smaller in zip(figures_of(one), figures_of(several), strict=True):
+        assert smaller == pytest.approx(larger, rel=1e-3)
+
+
+@pytest.mark.parametrize(("patience", "epochs"), [(1, 3), (2, 4), (None, 6)])
+def test_a_run_ends_when_it_no_longer_improves(
+    patience, epochs, settings, small_shapes, tmp_path, monkeypatch
+):
+    figures = [(1.0, 2.0), (3.0, 2.0), (3.0, 3.0), (1.0, 1.0), (1.0, 1.0), (1.0, 1.0)]
+    as_if_measured(monkeypatch, figures)
+    config = settings(small_shapes, tmp_path, epochs=6, patience=patience)
+    assert len(rows_of(fit(config))) == epochs
+    # It has ended: to go on changes nothing.
+    assert len(rows_of(fit(config.with_settings(resume="last")))) == epochs
+
+
+def test_a_run_whose_map_is_not_defined_does_not_end_for_that(
+    settings, small_shapes, tmp_path, monkeypatch
+):
+    as_if_measured(monkeypatch, [(float("nan"), float("nan"))] * 3)
+    assert len(rows_of(fit(settings(small_shapes, tmp_path, patience=1)))) == 3
+
+
 def test_tensorboard_gets_the_figures_of_all_epochs_in_one_file(settings, small_shapes, tmp_path):
-    run = fit(settings(small_shapes, tmp_path / "with", tensorboard=True))
+    run = fit(settings(small_shapes, tmp_path / "with", tensorboard=True, print_freq=2))
     [events] = run.glob("events.out.tfevents.*")
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
     values = [v for event in EventFileLoader(str(events)).Load() for v in event.summary.value]
-    logged = [value.tensor.float_val[0] for value in values if value.tag == "loss"]
-    assert logged == pytest.approx([row["loss"] for row in rows_of(run)])
+    for tag, name in (("loss", "metrics.jsonl"), ("step/loss", "steps.jsonl")):
+        logged = [value.tensor.float_val[0] for value in values if value.tag == tag]
+        assert logged == pytest.approx([row["loss"] for row in rows_of(run, name)])
     run = fit(settings(small_shapes, tmp_path / "without", stop_epoch=1))
     assert not list(run.glob("events.*"))
+
+
+def test_weights_and_biases_gets_the_figures_offline(small_shapes, tmp_path):
+    pytest.importorskip("wandb")
+    train = [sys.executable, str(Path(__file__).parents[2] / "train.py"), str(small_shapes)]
+    small = "--model-name test_resnet --image-size 48 --batch-size 8 --workers 0 --amp off"
+    options = [*small.split(), "--epochs", "2", "--output", "run", "--wandb", "shapes"]
+    done = subprocess.run(
+        [*train, *options, "--device", "cpu", "--print-freq", "2"],
+        cwd=tmp_path,
+        env={**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    [log] = (tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb")
+    content = log.read_bytes()
+    for name in (b"epoch/mAP_ema", b"step/images_per_second", b"test_resnet", b"shapes"):
+        assert name in content
+
+
+def test_weights_and_biases_is_an_extra(settings, small_shapes, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UsageError, match="pip install wandb"):
+        fit(settings(small_shapes, tmp_path, wandb="shapes"))
 
 
 def test_missing_images_end_a_run_before_it_starts_or_are_left_out(

@@ -1,11 +1,11 @@
 """Training on partial labels: simulation, the two-step CSL run, adaptive asymmetry."""
 
 import csv
-import json
 
 import pytest
 import torch
 from PIL import Image
+from run_log import figures_of, rows_of
 
 from asl.data.annotations import PRESENT, UNANNOTATED
 from asl.data.partial import simulate
@@ -26,10 +26,6 @@ def partial(settings):
         return settings(root, output, **{**small, **changed})
 
     return build
-
-
-def rows_of(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def steps_of(config, monkeypatch):
@@ -137,7 +133,7 @@ def test_adaptive_asymmetry_moves_gamma_is_logged_and_resumed(
     partial, small_shapes, tmp_path, monkeypatch
 ):
     adaptive = {"adaptive_gamma": 0.5, "adaptive_step": 0.1, "epochs": 2}
-    whole = rows_of(fit(partial(small_shapes, tmp_path / "whole", **adaptive)))
+    whole = figures_of(fit(partial(small_shapes, tmp_path / "whole", **adaptive)))
     assert whole[1]["gamma_neg"] > whole[0]["gamma_neg"] > 4.0
     assert all(-1 <= row["gap"] <= 1 for row in whole)
 
@@ -153,7 +149,7 @@ def test_adaptive_asymmetry_moves_gamma_is_logged_and_resumed(
     with pytest.raises(Interrupted):
         fit(partial(small_shapes, tmp_path / "part", **adaptive))
     fit(partial(small_shapes, tmp_path / "part", resume="last", **adaptive))
-    assert rows_of(tmp_path / "part") == whole
+    assert figures_of(tmp_path / "part") == whole
 
 
 def test_simulation_keeps_the_positives_that_it_says(small_shapes):

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from run_log import figures_of, rows_of
 
 from asl.config import write_recipe
 from asl.errors import DataError, Interrupted, TrainingError, UsageError
@@ -24,6 +25,7 @@ from asl.evaluation import score as scoring
 from asl.models import checkpoint
 from asl.training import fit as loop
 from asl.training.fit import fit
+from asl.training.log import Log
 from asl.training.run import Run
 from asl.training.settings import TrainConfig
 from asl.training.step import Training
@@ -51,19 +53,19 @@ def die():
     raise Died
 
 
-def rows_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def steps_of(folder):
     return checkpoint.load(folder / "last.pt")["training"]["steps"]
 
 
 def assert_same(one, other):
     """The logs and all weights of two runs are equal, bit for bit."""
-    for name in ("metrics.jsonl", "prior.csv"):
-        assert (one / name).exists() == (other / name).exists()
-        assert not (one / name).exists() or (one / name).read_text() == (other / name).read_text()
+    assert figures_of(one) == figures_of(other)
+    assert [row["step"] for row in rows_of(one, "steps.jsonl")] == [
+        row["step"] for row in rows_of(other, "steps.jsonl")
+    ]
+    assert (one / "prior.csv").exists() == (other / "prior.csv").exists()
+    if (one / "prior.csv").exists():
+        assert (one / "prior.csv").read_text() == (other / "prior.csv").read_text()
     for name in ("last.pt", "best.pt"):
         first, second = checkpoint.load(one / name), checkpoint.load(other / name)
         for which in ("ema", "regular"):
@@ -150,7 +152,7 @@ def test_sigusr1_writes_a_checkpoint_and_the_run_goes_on(
     [
         (9, Training, "step"),
         (2, scoring, "score"),
-        (1, Run, "write_log"),
+        (1, Log, "add_epoch"),
         (2, Run, "record"),
         *((number, os, "fsync") for number in (1, 3, 4, 8)),
     ],
@@ -479,6 +481,7 @@ def test_two_deterministic_runs_leave_identical_files(
         monkeypatch.chdir(tmp_path / place)
         fit(settings(small_shapes, "run", stop_epoch=1, deterministic=True, running_prior=True))
         contents.append({path.name: path.read_bytes() for path in Path("run").iterdir()})
+        contents[-1]["metrics.jsonl"] = figures_of(Path("run"))
     here, there = contents
     named = {"last.pt", "best.pt", "metrics.jsonl", "prior.csv", "curves.png", "config.yaml"}
     assert here.keys() >= named
@@ -547,3 +550,45 @@ def test_a_validation_set_without_images_is_an_error(settings, small_shapes, tmp
     with pytest.raises((DataError, UsageError), match="val"):
         fit(config.with_settings(train_split="train"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_within_a_step_of_several_batches_ends_it_after_the_step(
+    settings, before, small_shapes, tmp_path
+):
+    several = {**EVERYTHING, "accumulate": 3}  # of five batches: two steps an epoch
+    whole = fit(settings(small_shapes, tmp_path / "whole", **several))
+    config = settings(small_shapes, tmp_path / "part", **several)
+    with before(7, Training, "step", send(signal.SIGTERM)), pytest.raises(Interrupted):
+        fit(config)
+    assert steps_of(tmp_path / "part") == 3  # batches 6, 7 and 8
+    assert_same(fit(config.with_settings(resume="last")), whole)
+
+
+def test_a_run_that_died_within_a_step_of_several_batches_takes_it_again(
+    settings, before, small_shapes, tmp_path
+):
+    several = {"accumulate": 2, "print_freq": 1}
+    whole = fit(settings(small_shapes, tmp_path / "whole", **several))
+    config = settings(small_shapes, tmp_path / "part", checkpoint_every="1", **several)
+    with before(10, Training, "step", die), pytest.raises(Died):
+        fit(config)
+    assert steps_of(tmp_path / "part") == 5
+    assert_same(fit(config.with_settings(resume="last")), whole)
+
+
+def test_lines_of_steps_that_were_lost_are_written_again_once(
+    settings, before, small_shapes, tmp_path
+):
+    config = settings(small_shapes, tmp_path, print_freq=2, checkpoint_every="3")
+    with before(10, Training, "step", die), pytest.raises(Died):
+        fit(config)
+    log = tmp_path / "steps.jsonl"
+    assert [row["step"] for row in rows_of(tmp_path, "steps.jsonl")] == [2, 4, 7, 9]
+    with log.open("a") as file:
+        file.write('{"step": 9, "ep')  # as a full disk leaves it
+    fit(config.with_settings(resume="last"))  # from step 9
+    rows = rows_of(tmp_path, "steps.jsonl")
+    assert [row["step"] for row in rows] == [2, 4, 7, 9, 12, 14]
+    assert [row["epoch"] for row in rows] == [1, 1, 2, 2, 3, 3]
+    # What the first epoch took was measured before the run died.
+    assert all("seconds_training" in row for row in rows_of(tmp_path))

@@ -43,7 +43,7 @@ def training_of(model, *, amp="off", loss=None, steps_per_epoch=5, **settings):
         model,
         create_loss(loss or LossSettings()),
         StepSettings(**settings),
-        steps_per_epoch=steps_per_epoch,
+        batches_per_epoch=steps_per_epoch,
         device=CPU,
         amp=amp,
     )
@@ -375,3 +375,95 @@ def test_a_step_uses_the_statistics_of_its_batch_also_after_a_validation():
 def test_adaptive_asymmetry_gets_its_target_and_step():
     loss = create_loss(LossSettings(adaptive_gamma=0.25, adaptive_step=0.125))
     assert (loss.target, loss.step, loss.gamma_neg.item()) == (0.25, 0.125, 4.0)
+
+
+def with_fixed_statistics():
+    """A network whose BatchNorm keeps to its statistics, in float64."""
+    torch.manual_seed(0)
+    network = golden_network().double()
+    network[1].running_var.uniform_(0.5, 2)
+    network[1].train = lambda mode=True: network[1]
+    network[1].training = False
+    return network
+
+
+@pytest.mark.parametrize("grad_clip", [None, 0.1])
+def test_a_step_of_several_batches_is_that_of_one_as_large(grad_clip):
+    torch.manual_seed(0)
+    images, targets = torch.rand(12, 3, 16, 16).double(), torch.randint(0, 2, (12, 20))
+    results = []
+    for accumulate in (1, 3):
+        training = training_of(
+            *(with_fixed_statistics(),),
+            **{"accumulate": accumulate, "grad_clip": grad_clip, "lr": 1e-2, "epochs": 2},
+            steps_per_epoch=2 * accumulate,
+        )
+        for _ in range(2):
+            for part in zip(images.chunk(accumulate), targets.chunk(accumulate), strict=True):
+                training.step(*part)
+        results.append((training.losses, training.lr, *training.weights()["ema"].values()))
+        assert training.steps == 2
+        assert len(training.gradient_norms) == (2 if grad_clip else 0)
+    for one, several in zip(*results, strict=True):
+        torch.testing.assert_close(
+            torch.as_tensor(one), torch.as_tensor(several), rtol=0, atol=1e-6
+        )
+
+
+def test_the_last_batches_of_an_epoch_make_a_step_of_their_own():
+    training, images, targets = linear_training(accumulate=3, epochs=2)  # five batches an epoch
+    seen, rates = [], []
+    for _ in range(2):
+        for _ in range(5):
+            rates.append(training.lr)
+            training.step(images, targets)
+            seen.append((training.steps, training.between_steps, training.batches))
+        training.end_epoch()
+    assert seen[:5] == [(0, False, 0), (0, False, 0), (1, True, 3), (1, False, 3), (2, True, 5)]
+    assert [steps for steps, *_ in seen[5:]] == [2, 2, 3, 3, 4]
+    assert rates[-1] == pytest.approx(1e-4 / 25 / 1e4)  # the schedule has four steps
+
+
+def test_the_loss_of_a_step_is_that_of_all_its_batches():
+    training, images, targets = linear_training(accumulate=2)
+    parts = [training.step(images, targets) for _ in range(4)]
+    assert training.finite_losses() == pytest.approx([sum(parts[:2]).item(), sum(parts[2:]).item()])
+
+
+def test_dropout_draws_anew_for_each_batch_of_a_step():
+    noise = Noise()
+    model = nn.Sequential(noise, nn.Flatten(), nn.Linear(12, 4))
+    training = training_of(model, accumulate=2)
+    for _ in range(4):
+        training.step(torch.rand(2, 3, 2, 2), torch.randint(0, 2, (2, 4)))
+    assert len({tuple(drawn) for drawn in noise.drawn}) == 4
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet"])
+def test_activations_that_are_computed_again_change_no_step(name):
+    torch.manual_seed(0)
+    images, targets = torch.rand(4, 3, 64, 64), torch.randint(0, 2, (4, 5))
+    states, kept = [], []
+    for checkpointed in (False, True):
+        torch.manual_seed(1)
+        model = create_model(name, 5)
+        training = training_of(model, lr=1e-2, epochs=1, checkpoint_activations=checkpointed)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, saved=saved: saved.append(tensor.numel()) or tensor,
+            lambda tensor: tensor,
+        ):
+            losses = [training.step(images, targets) for _ in range(2)]
+        kept.append(sum(saved))
+        state = training.weights()["regular"]
+        states.append((*losses, *(state[key] for key in state if "num_batches" not in key)))
+    for plain, checkpointed in zip(*states, strict=True):
+        torch.testing.assert_close(plain, checkpointed, rtol=1e-5, atol=1e-6)
+    assert kept[1] < 0.8 * kept[0]
+
+
+def test_a_model_that_cannot_compute_activations_again_is_an_error_of_usage():
+    with pytest.raises(UsageError, match="dla34 cannot checkpoint its activations"):
+        training_of(create_model("dla34", 5), checkpoint_activations=True)
+    with pytest.raises(UsageError, match="drop checkpoint_activations"):
+        StepSettings(compile=True, checkpoint_activations=True)

@@ -115,7 +115,7 @@ def samples_picture(annotations: Annotations, path: str | Path) -> None:
             axes.set_title(textwrap.fill(names, 34, max_lines=3), parse_math=False, size=9)
 
 
-def curves(history: Sequence[Mapping[str, float | None]], path: str | Path) -> None:
+def curves(history: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Draw the rows of metrics.jsonl over the epochs, one panel below the other.
 
     What no row has gets no panel. A curve passes over the epochs that lack its figure.

@@ -3,6 +3,7 @@
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import timm
@@ -13,13 +14,18 @@ from asl import __version__
 
 def provenance() -> dict[str, str]:
     """The command that is running, the commit of this code, and the versions of the libraries."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "commit": commit,
+        "commit": commit(),
         "versions": f"asl {__version__}, torch {torch.__version__}, timm {timm.__version__}",
     }
+
+
+@cache
+def commit() -> str:
+    """The commit of this code when this was first asked; "unknown" outside of a clone."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -29,7 +29,7 @@ _PROTOCOLS = {
 }
 
 
-def epoch_line(row: Mapping[str, float | None]) -> str:
+def epoch_line(row: Mapping[str, Any]) -> str:
     """One line of the training log, from "epoch", "lr", "loss" and whatever else was measured."""
 
     def show(name: str, width: int, digits: int) -> str:
@@ -38,6 +38,8 @@ def epoch_line(row: Mapping[str, float | None]) -> str:
     line = f"epoch {show('epoch', 3, 0)}   lr {row['lr']:.1e}   loss {show('loss', 9, 2)}"
     if "mAP_ema" in row:
         line += f"   mAP {show('mAP_ema', 5, 2)} (EMA) {show('mAP_regular', 5, 2)} (regular)"
+    if "images_per_second" in row:
+        line += f"   {row['images_per_second']:,.0f} images/s"
     if "gamma_neg" in row:
         line += f"   gap {show('gap', 6, 3)}   gamma_neg {show('gamma_neg', 5, 2)}"
     return line

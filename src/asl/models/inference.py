@@ -22,6 +22,8 @@ def for_inference(model: nn.Module) -> nn.Module:
 
     BatchNorm is folded, and the heads compute in float32, whatever autocast makes of the backbone.
     """
+    if hasattr(model, "set_grad_checkpointing"):
+        model.set_grad_checkpointing(False)  # type: ignore[operator]  # of use in training alone
     fold_batchnorm(model)
     for name in head_names(model):
         model.set_submodule(name, _InFloat32(model.get_submodule(name)))

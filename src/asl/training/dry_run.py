@@ -97,11 +97,12 @@ def _model_line(config: TrainConfig, model: nn.Module, flops: int) -> str:
 
 
 def _steps_line(config: TrainConfig, batches: Batches) -> str:
-    epochs, ranks = config.last_epoch, world_size()
+    epochs, ranks, accumulate = config.last_epoch, world_size(), config.step.accumulate
     processes = "1 process" if ranks == 1 else f"{ranks} processes"
+    steps = -(-len(batches) // accumulate)
     return (
-        f"steps          {len(batches):,} an epoch of {batches.batch_size} images in {processes}, "
-        f"{epochs * len(batches):,} in {epochs} epochs"
+        f"steps          {steps:,} an epoch, of {accumulate * batches.batch_size} images in "
+        f"{processes}; {epochs * steps:,} in {epochs} epochs"
     )
 
 
@@ -155,10 +156,11 @@ def _cache_line(settings: ImageSettings, sets: Sequence[Annotations]) -> str:
 def _real_step(
     config: TrainConfig, training: Training, samples: Batch, batch_size: int, flops: int
 ) -> str:
-    """One step on the device with `batch_size` images, on a CPU with as many as it has time for."""
+    """One step on the device, of batches of `batch_size`; of fewer on a CPU, which takes longer."""
     device, count = training.device, batch_size
     if device.type == "cpu":
-        count = min(batch_size, max(2, CPU_FLOPS // (3 * max(flops, 1))))
+        in_step = 3 * flops * config.step.accumulate  # the backward pass is two of the forward
+        count = min(batch_size, max(2, CPU_FLOPS // max(in_step, 1)))
     rows = list(islice(cycle(range(len(samples.targets))), count))
     augmentation = None if samples.augmentation is None else samples.augmentation[rows]
     batch = Batch(samples.images[rows], samples.targets[rows], augmentation)
@@ -166,7 +168,9 @@ def _real_step(
     started = time.perf_counter()
     with out_of_memory_explained(config, training, batch_size):
         training.step(prepare(batch), batch.targets.to(device))
-        [loss] = training.finite_losses()
+        while not training.between_steps:
+            training.step(prepare(batch), batch.targets.to(device))
+        loss = training.finite_losses()[-1]
     seconds = time.perf_counter() - started
     text = f"step           one on {device} with {count} of {batch_size} images, {seconds:.1f} s"
     if device.type == "cuda":

@@ -34,9 +34,10 @@ from asl.models.settings import TrainedModelSettings
 from asl.models.weights import new_model
 from asl.training.adaptive import AdaptiveAsymmetry
 from asl.training.interrupts import Interrupts
+from asl.training.log import Row, peak_memory_gb
 from asl.training.loss import create_loss
 from asl.training.memory import out_of_memory_explained
-from asl.training.run import Row, Run, run_folder
+from asl.training.run import Run, run_folder
 from asl.training.settings import ESTIMATE, TrainConfig
 from asl.training.step import Training
 
@@ -65,15 +66,14 @@ def _fit(config: TrainConfig, device: torch.device) -> Path:
     training = new_training(config, train_set, len(batches), device, resumed=run.resumed)
     run.restore(training)
 
-    per_rank = batches.batch_size_per_rank
     with (
         run.owned(training, train_set.classes),
         Interrupts() as interrupts,
-        out_of_memory_explained(config, training, per_rank),
+        out_of_memory_explained(config, training, batches.batch_size_per_rank),
     ):
-        for epoch in range(training.epoch, config.last_epoch):
+        while training.epoch < config.last_epoch and not from_rank_0(run.has_stalled):
             row = train_epoch(training, batches, run, interrupts)
-            if run.validates(epoch):
+            if run.validates(training.epoch):
                 row |= validate(training, val_batches, run, interrupts)
             run.record(training, row)
     # The other ranks wait here: the caller may read what rank 0 has written.
@@ -84,32 +84,74 @@ def _fit(config: TrainConfig, device: torch.device) -> Path:
 def train_epoch(training: Training, batches: Batches, run: Run, interrupts: Interrupts) -> Row:
     """Train for an epoch, or for the rest of one that was interrupted.
 
-    Returns its line of the log: its number from 1, the learning rate, the mean loss of a step.
-    Raises `Interrupted` after the step in which a signal came.
+    Returns its line of the log: its number from 1, the learning rate, the mean loss of a step, and
+    what it took. Raises `Interrupted` after the step in which a signal came.
     """
     config, device = run.config, training.device
     prepare = preparation(*normalization(training.model), device, training.precision)
-    started, batches.waited = time.perf_counter(), 0.0
+    pace, batches.waited = Pace(), 0.0
     title = f"epoch {training.epoch + 1}/{config.last_epoch}"
-    bar = progress(batches, training.epoch, title, start=len(training.losses))
+    bar = progress(batches, training.epoch, title, start=training.batches)
     steps = traced(bar, run.folder) if run.traces(training.epoch) else bar
-    for batch in interrupts.until_stopped(steps):
+    for batch in interrupts.until_stopped(steps, lambda: training.between_steps):
         training.step(prepare(batch), batch.targets.to(device, non_blocking=True))
+        pace.add(len(batch.targets) * world_size())
+        if not training.between_steps:
+            continue
         if len(training.losses) % config.run.print_freq == 0:
-            bar.set_postfix(loss=f"{training.finite_losses()[-1]:.1f}", lr=f"{training.lr:.1e}")
+            run.record_step(training, pace.lately())
+            bar.set_postfix(loss=f"{training.losses[-1]:.1f}", lr=f"{training.lr:.1e}")
         if interrupts.save_asked() or run.is_due(training.steps):
             run.save(training)
-    _say_if_slow(batches.waited / (time.perf_counter() - started))
     row: Row = {"epoch": training.epoch + 1, "lr": training.lr}
     row["loss"] = mean(training.finite_losses())
     if isinstance(training.loss, AdaptiveAsymmetry):
         row |= {"gap": training.loss.gap.item(), "gamma_neg": training.loss.gamma_neg.item()}
-    return row
+    if training.gradient_norms:
+        row["gradient_norm"] = torch.stack(training.gradient_norms).nanmean().item()
+    waited = batches.waited / pace.seconds
+    _say_if_slow(waited)
+    return row | {
+        "images_per_second": round(pace.overall(), 1),
+        "seconds_training": round(pace.seconds, 2),
+        "waited_for_data": round(waited, 3),
+        "peak_memory_gb": round(peak_memory_gb(device), 2),
+    }
+
+
+class Pace:
+    """How many images go by in a second."""
+
+    def __init__(self) -> None:
+        self._started = self._looked = time.perf_counter()
+        self._images = self._since = 0
+
+    def add(self, images: int) -> None:
+        """Count these."""
+        self._images += images
+        self._since += images
+
+    def lately(self) -> float:
+        """Images per second since this was last asked."""
+        now = time.perf_counter()
+        rate = self._since / (now - self._looked)
+        self._looked, self._since = now, 0
+        return rate
+
+    def overall(self) -> float:
+        """Images per second since the start."""
+        return self._images / self.seconds
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._started
 
 
 def validate(training: Training, batches: Batches, run: Run, interrupts: Interrupts) -> Row:
     """The figures of the averaged and of the regular weights, on rank 0 (`epoch_figures`)."""
     run.save(training)  # A run that is lost while it validates has lost no step.
+    started = time.perf_counter()
     models = {"ema": training.ema.module, "regular": training.model}
     for model in models.values():
         broadcast_buffers(model)
@@ -117,7 +159,8 @@ def validate(training: Training, batches: Batches, run: Run, interrupts: Interru
     amp, watched = run.config.compute.amp, interrupts.until_stopped
     tables = score_data_set(folded, batches, training.device, amp, "validation", watched)
     scores = dict(zip(models, tables, strict=True))
-    return {**epoch_figures(scores, batches.annotations, run.config.evaluation.threshold)}
+    row: Row = {**epoch_figures(scores, batches.annotations, run.config.evaluation.threshold)}
+    return row | {"seconds_validation": round(time.perf_counter() - started, 2)}
 
 
 def read_splits(
@@ -149,7 +192,7 @@ def training_batches(config: TrainConfig, train_set: Annotations, device: torch.
 def new_training(
     config: TrainConfig,
     train_set: Annotations,
-    steps_per_epoch: int,
+    batches_per_epoch: int,
     device: torch.device,
     resumed: bool,
 ) -> Training:
@@ -169,7 +212,7 @@ def new_training(
         model,
         create_loss(config.loss, partial, prior),
         config.step,
-        steps_per_epoch=steps_per_epoch,
+        batches_per_epoch=batches_per_epoch,
         device=device,
         amp=config.compute.amp,
     )

@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Self, TypeVar
 
@@ -47,15 +47,17 @@ class Interrupts:
             os._exit(128 + signal.SIGINT)  # whatever it is that hangs
         self._stop = self._stop or number
 
-    def until_stopped(self, items: Iterable[T]) -> Iterator[T]:
+    def until_stopped(
+        self, items: Iterable[T], may_stop: Callable[[], bool] = lambda: True
+    ) -> Iterator[T]:
         """The items; raises `Interrupted` after the one during which a rank was told to stop.
 
         Of several ranks after the next one: they tell each other without waiting. The iteration
-        must go on equally far on all of them.
+        must go on equally far on all of them. After an item where `may_stop` is false, it goes on.
         """
         for item in items:
             yield item
-            if self._vote(bool(self._stop)):
+            if may_stop() and self._vote(bool(self._stop)):
                 name = signal.Signals(self._stop).name if self._stop else "a signal to another rank"
                 raise Interrupted(
                     self._stop or signal.SIGTERM, f"stopped by {name}: --resume goes on from here"

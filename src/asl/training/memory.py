@@ -7,7 +7,7 @@ holds it.
 
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import astuple, dataclass
 from itertools import chain
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from asl.distributed import precision, world_size
-from asl.errors import TrainingError
+from asl.errors import TrainingError, UsageError
 from asl.evaluation.score import score
 from asl.images.augment import draw
 from asl.images.loader import Batch
@@ -102,12 +102,16 @@ def estimate(
     """
     rehearsal, live = Rehearsal(), _Storages(GPU)
     amp = config.compute.amp if device.type == "cuda" or config.compute.amp != "auto" else "off"
-    settings = config.step.replace(compile=False)
+    # Of three batches or more the second has all that the others have: gradients are there already.
+    accumulate = min(2, config.step.accumulate)
+    settings = config.step.replace(compile=False, accumulate=accumulate)
     model, loss = (rehearsal.copy_of(module, GPU) for module in (model, loss))
     with rehearsal.on(GPU), live:
         live.follow(chain(model.parameters(), model.buffers()))
         weights = live.bytes
-        training = Training(model, loss, settings, steps_per_epoch=4, device=GPU, amp=amp)
+        training = Training(
+            model, loss, settings, batches_per_epoch=2 * accumulate, device=GPU, amp=amp
+        )
         averages = live.bytes - weights
         images = torch.empty(batch_size, 3, *2 * [config.images.image_size], dtype=torch.uint8)
         num_classes: int = model.num_classes  # type: ignore[assignment]  # timm's models say
@@ -117,7 +121,7 @@ def estimate(
             augmentation = draw(config.augment.augment, 0, 0, range(batch_size))
         batch = Batch(images, targets, augmentation)
         prepare = preparation(*normalization(model), GPU, training.precision)
-        for _ in range(2):  # the optimizer has a state in the second
+        for _ in range(2 * accumulate):  # the optimizer has a state in the second step
             training.step(prepare(batch), targets.to(GPU))
         _validate(training, batch, amp)
     gradients = _size(parameter for parameter in model.parameters() if parameter.requires_grad)
@@ -161,17 +165,25 @@ def _memory_of(device: torch.device) -> int:
 
 
 def _advice(config: TrainConfig, training: Training, batch_size: int, size: int) -> str:
+    asked = training.model, training.loss, training.device, batch_size
     try:
-        grown = growth(config, training.model, training.loss, training.device, batch_size)
+        grown = growth(config, *asked)
     except Exception:  # a model may do what tensors without values cannot
         return "lower --batch-size"
-    needed, fitting = grown.memory.of_gpu, grown.largest_batch(size)
-    text = f"{needed / GB:.1f} GB by the estimate. "
+    fitting = grown.largest_batch(size)
+    text = f"{grown.memory.of_gpu / GB:.1f} GB are needed, by the estimate. "
     if fitting >= batch_size:
         return text + "That should fit: does something else use the device? Or lower --batch-size"
-    if not fitting:
-        return text + "Lower --batch-size or --image-size"
-    return text + f"Lower --batch-size to {fitting * world_size()}"
+    text += "Lower --batch-size"
+    if fitting:
+        times = -(-config.step.accumulate * batch_size // fitting)
+        text += f" to {fitting * world_size()}, with --accumulate {times} for steps as large"
+    if not config.step.checkpoint_activations:
+        with suppress(UsageError):  # of a model that cannot do that
+            less = config.with_settings(checkpoint_activations=True, compile=False)
+            needed = estimate(less, *asked).of_gpu
+            text += f", or take --checkpoint-activations ({needed / GB:.1f} GB)"
+    return text
 
 
 class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]

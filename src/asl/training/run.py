@@ -1,17 +1,15 @@
 """The folder of a training run: one owner, its settings, its log, its checkpoints.
 
-config.yaml holds the settings, metrics.jsonl a line per epoch, last.pt what a resumed run goes on
-from, best.pt the epoch with the highest mAP, .lock the process that the folder belongs to. Every
-file is replaced as a whole: at no moment is one half-written.
+config.yaml holds the settings, metrics.jsonl and steps.jsonl are the log, last.pt is what a resumed
+run goes on from, best.pt the epoch with the highest mAP, .lock the process that the folder belongs
+to. All but steps.jsonl, which grows, are replaced as a whole: at no moment is one half-written.
 """
 
 import fcntl
-import json
-import math
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,30 +21,21 @@ from asl.config import RESUME_LAST, write_recipe
 from asl.data.prior import write_prior
 from asl.distributed import rank, restarts, torchrun_name
 from asl.errors import DataError, Interrupted, TrainingError, UsageError
-from asl.evaluation.provenance import provenance
+from asl.evaluation.provenance import commit, provenance
 from asl.evaluation.text import epoch_line
 from asl.models import checkpoint
+from asl.training.log import MEASURED, Log, Row
 from asl.training.settings import TrainConfig
 from asl.training.step import Training
-
-Row = dict[str, float | None]  # a line of the log
 
 # Settings in which a resumed run may differ from what it was: what is computed stays the same, but
 # for rounding where the device differs.
 MAY_CHANGE = (
     *("config", "data", "missing_images", "cache_dir", "max_pixels", "workers"),
     *("model_path", "pretrained", "device", "compile"),
-    *("stop_epoch", "val_every", "threshold"),
-    *(
-        "output",
-        "overwrite",
-        "resume",
-        "dry_run",
-        "checkpoint_every",
-        "print_freq",
-        "tensorboard",
-        "profile",
-    ),
+    *("stop_epoch", "patience", "val_every", "threshold"),
+    *("output", "overwrite", "resume", "dry_run", "checkpoint_every"),
+    *("print_freq", "tensorboard", "wandb", "profile"),
 )
 UNDEFINED = -1.0  # the mAP of an epoch that has none
 SETTINGS = "config.yaml"
@@ -71,7 +60,7 @@ class Run:
         self._first_epoch: int = self._checkpoint["epoch"] if self._checkpoint else 0
         self._classes: Sequence[str] = ()
         self._saved_at = time.monotonic()
-        self._tensorboard: Any = None
+        self.log = Log(self.folder, config)
 
     def _find_checkpoint(self) -> dict[str, Any] | None:
         """The checkpoint to go on from: the folder's own, else the one that `--resume` names."""
@@ -137,21 +126,20 @@ class Run:
                 stack.enter_context(_locked(self.folder / ".lock"))
                 stale = list(self.folder.glob(".*.part"))  # what a killed run was writing
                 if not self.resumed:
-                    stale += [self.last, self.best, self.folder / "metrics.jsonl"]
+                    stale += [self.last, self.best, self.log.epochs, self.log.steps]
                 for path in stale:
                     path.unlink(missing_ok=True)
                 settings = self.folder / SETTINGS
                 with replacing(settings) as file:
                     file.write(write_recipe(self.config.explicit(), OF_THIS_START).encode())
-            if self.config.run.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._tensorboard = stack.enter_context(SummaryWriter(str(self.folder)))
+                stack.enter_context(self.log.opened(training.steps))
             print(f"settings that differ from the defaults (all of them: {settings})")
             for name, value in self.config.changed().items():
                 print(f"  {name}: {value}")
             if self.resumed:
-                self.write_log(training)
+                with self._writing():
+                    self.log.write_epochs(self.history)
+                self._write_prior(training)
             try:
                 yield
             except Interrupted:
@@ -190,10 +178,13 @@ class Run:
 
     def record(self, training: Training, row: Row) -> None:
         """End an epoch: log its figures and write the checkpoints that it earned."""
-        training.epoch, training.losses = training.epoch + 1, []
+        training.end_epoch()
         if rank() != 0:
             return
-        row = {name: None if math.isnan(value or 0) else value for name, value in row.items()}
+        took = {name: row[name] for name in MEASURED & row.keys()}
+        row = {name: value for name, value in row.items() if name not in took}
+        row["commit"] = commit()
+        row = {name: None if value != value else value for name, value in row.items()}  # no NaN
         earlier = [best_map(old) for old in self.history]
         self.history.append(row)
         # The log is written after the checkpoint that has its rows. A run that is killed in between
@@ -202,20 +193,34 @@ class Run:
         if "mAP_ema" in row and (best_map(row) > highest or highest == UNDEFINED):
             checkpoint.save(self.best, self._weights(training))
         self.save(training)
-        self.write_log(training)
-        if self._tensorboard is not None:
-            for name, value in row.items():
-                if value is not None and name != "epoch":
-                    self._tensorboard.add_scalar(name, value, training.epoch)
-            self._tensorboard.flush()
-        print(epoch_line(row))
+        with self._writing():
+            self.log.add_epoch(self.history, took, training.steps)
+        self._write_prior(training)
+        print(epoch_line({**row, **took}))
 
-    def write_log(self, training: Training) -> None:
-        """Write metrics.jsonl, and prior.csv if there is a running prior."""
+    def record_step(self, training: Training, images_per_second: float) -> None:
+        """Add a line on the last step to the log. It waits for the device."""
+        losses = training.finite_losses()
         if rank() != 0:
             return
-        with self._writing(), replacing(self.folder / "metrics.jsonl") as file:
-            file.writelines(json.dumps(row).encode() + b"\n" for row in self.history)
+        with self._writing():
+            self.log.add_step(
+                step=training.steps,
+                epoch=training.epoch + 1,
+                loss=losses[-1],
+                lr=training.lr,
+                images_per_second=round(images_per_second, 1),
+            )
+
+    def has_stalled(self) -> bool:
+        """Whether the best mAP is `patience` epochs old. Known on rank 0."""
+        rows = [row for row in self.history if best_map(row) > UNDEFINED]
+        if self.config.run.patience is None or not rows:
+            return False
+        best = max(rows, key=best_map)  # the first of equal ones
+        return len(self.history) - _number(best["epoch"]) >= self.config.run.patience
+
+    def _write_prior(self, training: Training) -> None:
         if training.running_prior is not None:
             write_prior(self.folder / "prior.csv", self._classes, training.running_prior.prior)
 
@@ -230,7 +235,7 @@ class Run:
                     f"{self.folder} keeps the checkpoints from before"
                 )
         row = next((row for row in reversed(self.history) if "mAP_ema" in row), {})
-        regular_leads = _defined(row.get("mAP_regular")) > _defined(row.get("mAP_ema"))
+        regular_leads = _number(row.get("mAP_regular")) > _number(row.get("mAP_ema"))
         return {
             **weights,
             "best": "regular" if regular_leads else "ema",
@@ -289,13 +294,13 @@ def _by_torchrun() -> str:
     return f", torchrun {torchrun_name()}\n" if torchrun_name() else "\n"
 
 
-def best_map(row: Mapping[str, float | None]) -> float:
+def best_map(row: Row) -> float:
     """The higher mAP of an epoch's two sets of weights; -1 where it was not measured or defined."""
-    return max(_defined(row.get("mAP_ema")), _defined(row.get("mAP_regular")))
+    return max(_number(row.get("mAP_ema")), _number(row.get("mAP_regular")))
 
 
-def _defined(figure: float | None) -> float:
-    return UNDEFINED if figure is None else figure
+def _number(figure: float | str | None) -> float:
+    return figure if isinstance(figure, (int, float)) else UNDEFINED
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import re
 from typing import Annotated, Literal, Self
 
+import tyro
 from pydantic import Field, model_validator
 
 from asl.config import Config, OptionalFloat, OptionalInt, Settings
@@ -81,6 +82,10 @@ class StepSettings(Settings):
     """length of the one-cycle schedule"""
     pct_start: Annotated[float, Field(gt=0, le=0.99)] = 0.2
     """share of the schedule in which the learning rate rises"""
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    """batches that an update is made from, one after the other: as one of N times the size"""
+    checkpoint_activations: bool = False
+    """compute activations again in the backward pass: less memory, a third more time"""
     ema_decay: Annotated[float, Field(ge=0, le=0.999999)] = 0.9997
     """decay per step of the averaged weights"""
     ema_warmup: bool = False
@@ -95,6 +100,14 @@ class StepSettings(Settings):
     """of everything random"""
     compile: bool = False
     """compile the model with torch.compile"""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.compile and self.checkpoint_activations:
+            raise UsageError(
+                "compile decides itself what is computed again: drop checkpoint_activations"
+            )
+        return self
 
 
 class RunSettings(Settings):
@@ -120,10 +133,14 @@ class RunSettings(Settings):
     """only operations that give the same bits again, on GPUs at the cost of speed"""
     profile: bool = False
     """write a trace of a few steps to trace.json in the run folder"""
+    patience: Annotated[OptionalInt, Field(ge=1)] = None
+    """stop when the best mAP is this many epochs old"""
     print_freq: Annotated[int, Field(ge=1)] = 100
-    """steps between looks at the loss"""
+    """steps between looks at the loss, each a line in steps.jsonl"""
     tensorboard: bool = False
     """also log to TensorBoard in the run folder"""
+    wandb: Annotated[str, tyro.conf.arg(metavar="PROJECT")] = ""
+    """also log to this project of Weights & Biases (pip install wandb)"""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,6 +1,8 @@
 """One training step: forward, loss, backward, update, average."""
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -8,10 +10,11 @@ import numpy as np
 import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from asl.distributed import precision, rank, summed, world_size
-from asl.errors import TrainingError
+from asl.errors import TrainingError, UsageError
 from asl.training.prior import RunningPrior
 from asl.training.settings import StepSettings
 
@@ -19,8 +22,10 @@ from asl.training.settings import StepSettings
 class Training:
     """What a step changes: the model, its average, the optimizer, the schedule, the loss scale.
 
-    `steps` counts the steps so far, `epoch` is the number of the epoch from 0, and `losses` are
-    those of its steps, summed over classes and images: 0-d, on the device.
+    A step is one update of the weights, from `settings.accumulate` batches. `steps` counts the
+    steps so far, `epoch` is the number of the epoch from 0, and `losses` are those of its steps,
+    summed over classes and images: 0-d, on the device. `gradient_norms` are as many, where
+    gradients are clipped: their norms before that.
     """
 
     def __init__(
@@ -29,18 +34,21 @@ class Training:
         loss: nn.Module,
         settings: StepSettings,
         *,
-        steps_per_epoch: int,
+        batches_per_epoch: int,
         device: torch.device,
         amp: str = "off",
     ) -> None:
         self.model, self.device, self.settings = model, device, settings
-        self.forward: nn.Module = model
+        self.batches_per_epoch = batches_per_epoch
+        self._distributed = None
         if world_size() > 1:
-            self.forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
+            self._distributed = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        self.forward: nn.Module = self._distributed or model
         if settings.compile:
             self.forward = torch.compile(self.forward)  # type: ignore[assignment]
         self.loss = loss.to(device)
         self.optimizer = create_optimizer(model, settings)
+        steps_per_epoch = -(-batches_per_epoch // settings.accumulate)
         self.schedule = create_schedule(self.optimizer, settings, steps_per_epoch)
         self.precision = precision(amp, device, training=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
@@ -54,43 +62,79 @@ class Training:
         if settings.running_prior:
             num_classes: int = model.num_classes  # type: ignore[assignment]  # timm's models say
             self.running_prior = RunningPrior(num_classes).to(device)
-        self.steps = self.epoch = 0
+        self._seen_twice = list[_BatchNorm]()
+        if settings.checkpoint_activations:
+            checkpoint_activations(model)
+            self._seen_twice = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
+        self.steps = self.epoch = self._batches = 0  # _batches: of the step that is being taken
         self.losses: list[Tensor] = []
+        self.gradient_norms: list[Tensor] = []
+
+    @property
+    def between_steps(self) -> bool:
+        """Whether all batches so far are in the weights."""
+        return self._batches == 0
+
+    @property
+    def batches(self) -> int:
+        """How many batches of the epoch are in the weights."""
+        steps = len(self.losses) - (not self.between_steps)
+        return min(steps * self.settings.accumulate, self.batches_per_epoch)
 
     def step(self, images: Tensor, targets: Tensor) -> Tensor:
-        """One update from this rank's normalised images (B, 3, S, S) and targets (B, C).
+        """Take this rank's normalised images (B, 3, S, S) and targets (B, C) into a step.
+
+        The last of `settings.accumulate` batches, or of an epoch, ends it: the weights are updated
+        by the gradient of all of its batches together.
 
         Returns the loss, summed over classes and the batches of all ranks: 0-d, detached, on the
         device. Nothing here waits for the device.
         """
+        if self.between_steps:
+            self.losses.append(torch.zeros((), device=self.device))
         self._seed()
+        self._batches += 1
+        last = (
+            self._batches == self.settings.accumulate
+            or self.batches + self._batches == self.batches_per_epoch
+        )
         if not self.model.training:  # to ask is free, to tell every layer takes a millisecond
             self.model.train()
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
-            logits = self.forward(images)
-        logits = logits[: len(targets)]  # there may be fewer targets than images: see `Batch`
-        loss: Tensor = self.loss(logits, targets)
-        # The loss is a sum over images, and DistributedDataParallel averages over the ranks.
-        scaled = self.scaler.scale(loss * world_size())
-        scaled.backward()  # type: ignore[no-untyped-call]
+        # Only the last backward pass of a step sums the gradients over the ranks.
+        with self._distributed.no_sync() if self._distributed and not last else nullcontext():
+            amp = self.precision is not None
+            with torch.autocast(self.device.type, self.precision, enabled=amp):
+                logits = self.forward(images)
+            logits = logits[: len(targets)]  # there may be fewer targets than images: see `Batch`
+            loss: Tensor = self.loss(logits, targets)
+            # The loss is a sum over images, and DistributedDataParallel averages over the ranks.
+            with _statistics_kept(self._seen_twice):
+                self.scaler.scale(loss * world_size()).backward()  # type: ignore[no-untyped-call]
+        if self.running_prior is not None:
+            self.running_prior.update(logits)
+        loss = summed(loss.detach())
+        self.losses[-1] = self.losses[-1] + loss
+        if last:
+            self._update()
+        return loss
+
+    def _update(self) -> None:
         if self.settings.grad_clip is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.grad_clip)
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.grad_clip)
+            self.gradient_norms.append(norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         self.schedule.step()
         self.steps += 1
+        self._batches = 0
         self.average()
-        if self.running_prior is not None:
-            self.running_prior.update(logits)
-        self.losses.append(summed(loss.detach()))
-        return self.losses[-1]
 
     def _seed(self) -> None:
-        # What dropout draws depends on (seed, step, rank) alone: a checkpoint needs no generator.
-        drawn = np.random.SeedSequence([self.settings.seed, self.steps, rank()]).generate_state(1)
-        torch.manual_seed(int(drawn[0]))
+        # What dropout draws depends on these four alone: a checkpoint needs no generator.
+        source = np.random.SeedSequence([self.settings.seed, self.steps, rank(), self._batches])
+        torch.manual_seed(int(source.generate_state(1)[0]))
 
     @torch.no_grad()
     def average(self) -> None:
@@ -98,6 +142,11 @@ class Training:
         # timm counts steps for the warm-up only: given them without one, it skips the first.
         decay = self.ema.get_decay(self.steps if self.ema.use_warmup else None)
         torch._foreach_lerp_(self._averages, self._sources, 1 - decay)
+
+    def end_epoch(self) -> None:
+        """Begin the next epoch."""
+        self.epoch += 1
+        self.losses, self.gradient_norms = [], []
 
     def finite_losses(self) -> list[float]:
         """The losses of this epoch as numbers. It waits for the device: once, not once per step.
@@ -156,6 +205,33 @@ class Training:
         if self.running_prior is not None:
             self.running_prior.load_state_dict(state["running_prior"])
         self.steps = state["steps"]
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Let a timm model compute most of its activations again in the backward pass, to save memory.
+
+    Raises `UsageError` for a model that cannot.
+    """
+    try:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError):
+        config: Any = model.pretrained_cfg
+        raise UsageError(
+            f"{config['architecture']} cannot checkpoint its activations: timm has no code for it"
+        ) from None
+
+
+@contextmanager
+def _statistics_kept(layers: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Inside the block these layers, which see a batch for the second time, count it no more."""
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
 
 
 def create_optimizer(model: nn.Module, settings: StepSettings) -> torch.optim.Optimizer:
