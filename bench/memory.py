@@ -28,7 +28,7 @@ from asl.images.loader import Batch
 from asl.images.prepare import augments_on_device, preparation
 from asl.models.build import create_model, normalization, place
 from asl.training.loss import create_loss
-from asl.training.memory import GB, GPU, Growth, estimate, growth
+from asl.training.memory import GB, GPU, Growth, Memory, estimate, growth
 from asl.training.settings import TrainConfig
 from asl.training.step import Training
 
@@ -37,6 +37,8 @@ CPU = torch.device("cpu")
 # Classes of the data sets of the recipes: DATASETS.md.
 CLASSES = {"coco": 80, "voc": 20, "openimages": 9605, "shapes": 24}
 PROCESSES = 8
+# Settings of recipes that change nothing of what is kept: the same model is asked about once.
+LEAVE_NO_MARK = {name: TrainConfig().flat()[name] for name in ("lr", "weight_decay", "epochs")}
 # Freed memory goes back at once, or the peak would be that of glibc's own stock.
 GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
@@ -103,12 +105,15 @@ def compare(device: torch.device, amp: str) -> None:
 
 
 @cache
-def growth_of(recipe: TrainConfig, batch_size: int) -> Growth:
+def estimates_of(recipe: TrainConfig) -> tuple[Growth, Memory]:
+    """In one process, and in one of several."""
     num_classes = CLASSES[recipe.data.dataset]
     partial = recipe.data.dataset == "openimages" or recipe.labels.simulate_partial is not None
     prior = torch.zeros(num_classes) if recipe.loss.unannotated == "selective" else None
     loss = create_loss(recipe.loss, partial, prior)
-    return growth(recipe, model_of(recipe, num_classes, CPU), loss, GPU, batch_size)
+    asked = recipe, model_of(recipe, num_classes, CPU), loss, GPU
+    together = recipe.images.batch_size
+    return growth(*asked, together), estimate(*asked, -(-together // PROCESSES))
 
 
 def tabulate() -> None:
@@ -116,12 +121,12 @@ def tabulate() -> None:
     print(" largest batch, 24 GB | 80 GB |\n| --- | ---: | ---: | ---: | ---: | ---: |")
     for path in sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml")):
         recipe = TrainConfig.of(**read_recipe(path, TrainConfig))
-        together = recipe.images.batch_size
-        alone = growth_of(recipe, together)
-        each = growth_of(recipe, -(-together // PROCESSES))
-        sizes = [f"{found.memory.of_gpu / GB:.1f} GB" for found in (alone, each)]
-        largest = [str(alone.largest_batch(size * GB)) for size in (24, 80)]
-        print(f"| {' | '.join([path.stem, str(together), *sizes, *largest])} |", flush=True)
+        # Recipes with the same step and others' losses take the same: it is found out once.
+        alone, each = estimates_of(recipe.with_settings(config="", **LEAVE_NO_MARK))
+        sizes = [f"{found.of_gpu / GB:.1f} GB" for found in (alone.memory, each)]
+        largest = [f"{alone.largest_batch(size * GB):,}" for size in (24, 80)]
+        row = [path.stem, str(recipe.images.batch_size), *sizes, *largest]
+        print(f"| {' | '.join(row)} |", flush=True)
 
 
 def main() -> None:

@@ -66,9 +66,13 @@ def _dry_run(config: TrainConfig, device: torch.device, there: bool) -> str:
     training = new_training(config, train_set, len(batches), where, resumed=run.resumed)
     run.restore(training)
 
-    flops = _forward_flops(training.model, config.images.image_size)
-    lines = [_model_line(config, training.model, flops), _steps_line(config, batches)]
-    lines += _memory_lines(config, training, device, batches.batch_size_per_rank)
+    try:
+        flops = _forward_flops(training.model, config.images.image_size)
+        memory = _memory_lines(config, training, device, batches.batch_size_per_rank)
+    except Exception as error:  # a model may do what tensors without values cannot
+        reason = str(error).partition("\n")[0]
+        flops, memory = 0, [f"memory         not known, the model cannot be rehearsed: {reason}"]
+    lines = [_model_line(config, training.model, flops), _steps_line(config, batches), *memory]
     lines.append(_shared_line(batches, val_batches))
     lines.append(_cache_line(config.images, (train_set, val_set)))
     if there:
@@ -160,7 +164,7 @@ def _real_step(
     device, count = training.device, batch_size
     if device.type == "cpu":
         in_step = 3 * flops * config.step.accumulate  # the backward pass is two of the forward
-        count = min(batch_size, max(2, CPU_FLOPS // max(in_step, 1)))
+        count = min(batch_size, max(2, CPU_FLOPS // in_step if flops else 2))
     rows = list(islice(cycle(range(len(samples.targets))), count))
     augmentation = None if samples.augmentation is None else samples.augmentation[rows]
     batch = Batch(samples.images[rows], samples.targets[rows], augmentation)

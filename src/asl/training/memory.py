@@ -37,6 +37,7 @@ BLOCK = 512  # bytes: CUDA's allocator of torch gives out multiples of it
 # takes about half a gigabyte, the workspaces of convolutions and matrix products the rest; what
 # falls between the blocks of the allocator grows with what it gives out.
 CUDA_ITSELF, CUDA_SHARE = 1 * GB, 0.05
+FAR = 16  # times the batch, for the slope of its memory
 
 
 @dataclass(frozen=True)
@@ -68,26 +69,30 @@ class Memory:
 
 @dataclass(frozen=True)
 class Growth:
-    """The memory with `batch_size` images on the device, and with twice as many."""
+    """The `memory` with `batch_size` images on the device, and the bytes that each more takes."""
 
     batch_size: int
     memory: Memory
-    doubled: Memory
+    per_image: float
 
     def largest_batch(self, size: int) -> int:
-        """How many images fit a GPU of `size` bytes, 0 if not even one: on a line through both."""
-        slope = (self.doubled.of_gpu - self.memory.of_gpu) / self.batch_size
-        return max(0, self.batch_size + int((size - self.memory.of_gpu) // slope))
+        """How many images fit a GPU of `size` bytes; 0 if not even one."""
+        more = (size - self.memory.of_gpu) / (1 + CUDA_SHARE) // self.per_image
+        return max(0, self.batch_size + int(more))
 
 
 def growth(
     config: TrainConfig, model: nn.Module, loss: nn.Module, device: torch.device, batch_size: int
 ) -> Growth:
-    """Two estimates, from which follows how large a batch may be."""
-    memory, doubled = (
-        estimate(config, model, loss, device, count) for count in (batch_size, 2 * batch_size)
+    """Two estimates, from which follows how large a batch may be.
+
+    The second is of a batch so large that activations are nearly all of it. Before, the peak may be
+    where gradients are, or in the validation.
+    """
+    memory, far = (
+        estimate(config, model, loss, device, count) for count in (batch_size, FAR * batch_size)
     )
-    return Growth(batch_size, memory, doubled)
+    return Growth(batch_size, memory, (far.peak - memory.peak) / ((FAR - 1) * batch_size))
 
 
 def estimate(
