@@ -1,5 +1,6 @@
 """What a training would read, compute and need: `train.py --dry-run`."""
 
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -43,10 +44,8 @@ def dry_run(config: TrainConfig) -> str:
     Processes that were started together are counted as such. Raises what `fit` raises before it
     trains, and `TrainingError` where the device is too small for a step.
     """
-    device = torch.device(config.compute.device or "cpu")
-    there = device.type != "cuda" or torch.cuda.is_available()
-    if there:
-        device = pick_device(config.compute.device)
+    there = torch.cuda.is_available() or not re.fullmatch(r"cuda(:\d+)?", config.compute.device)
+    device = pick_device(config.compute.device) if there else GPU
     if config.loss.prior_path == ESTIMATE:  # the first of its two trainings
         config = config.with_settings(unannotated="ignore", prior_path="")
     with process_group(device if there else CPU):
@@ -75,7 +74,9 @@ def _dry_run(config: TrainConfig, device: torch.device, there: bool) -> str:
     lines = [_model_line(config, training.model, flops), _steps_line(config, batches), *memory]
     lines.append(_shared_line(batches, val_batches))
     lines.append(_cache_line(config.images, (train_set, val_set)))
-    if there:
+    if training.epoch >= config.last_epoch:
+        lines.append("step           none: the run is complete")
+    elif there:
         lines.append(_real_step(config, training, samples, batches.batch_size_per_rank, flops))
     else:
         lines.append(f"step           rehearsed: there is no {device.type} here")
@@ -96,7 +97,7 @@ def _model_line(config: TrainConfig, model: nn.Module, flops: int) -> str:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return (
         f"model          {config.model.model_name} at {config.images.image_size} px: "
-        f"{parameters / 1e6:.1f} million parameters, {flops / 1e9:.1f} GFLOP forward per image"
+        f"{parameters / 1e6:.1f} million parameters, {flops / 1e9:.3g} GFLOP forward per image"
     )
 
 
@@ -125,22 +126,22 @@ def _memory_lines(
     with Rehearsal().on(device):
         computed_in = precision(config.compute.amp, device, training=True) or torch.float32
     lines = [
-        f"memory         {total / GB:.2f} GB on {device.type} with {batch_size} images a process "
-        f"in {_named(computed_in)}, estimated"
+        f"memory         {_shown(total)} on {device.type} with {batch_size} images a process "
+        f"in {str(computed_in).removeprefix('torch.')}, estimated"
     ]
-    lines += [f"  {name:12} {size / GB:.2f} GB" for name, size in parts.items()]
+    lines += [f"  {name:12} {_shown(size):>8}" for name, size in parts.items()]
     fitting = ", ".join(f"{size} GB: {grown.largest_batch(size * GB):,}" for size in CARDS)
     return [*lines, f"largest batch  of a GPU with {fitting}"]
 
 
-def _named(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _shown(size: int) -> str:
+    return f"{size / GB:,.2f} GB" if size >= GB else f"{size / 10**6:,.1f} MB"
 
 
 def _shared_line(*loaders: Batches) -> str:
     needed, free = sum(each.shared_bytes for each in loaders), free_shared_memory()
-    there = "" if free is None else f", {SHARED_MEMORY} has {free / GB:.2f} GB free"
-    return f"shared memory  {needed / GB:.2f} GB for the loaders of a process{there}"
+    there = "" if free is None else f", {SHARED_MEMORY} has {_shown(free)} free"
+    return f"shared memory  {_shown(needed)} for the loaders of a process{there}"
 
 
 def _cache_line(settings: ImageSettings, sets: Sequence[Annotations]) -> str:
@@ -148,12 +149,12 @@ def _cache_line(settings: ImageSettings, sets: Sequence[Annotations]) -> str:
     caches = [ImageCache(folder, each, size) for each in sets]
     missing = sum(cache.bytes for cache in caches if not cache.path.exists())
     if not settings.cache_dir:
-        return f"image cache    none; --cache-dir would take {missing / GB:.2f} GB of disk"
+        return f"image cache    none; --cache-dir would take {_shown(missing)} of disk"
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     return (
-        f"image cache    {missing / GB:.2f} GB to be written, "
-        f"{settings.cache_dir} has {free / GB:.2f} GB free"
+        f"image cache    {_shown(missing)} to be written, "
+        f"{settings.cache_dir} has {_shown(free)} free"
     )
 
 
@@ -178,5 +179,5 @@ def _real_step(
     seconds = time.perf_counter() - started
     text = f"step           one on {device} with {count} of {batch_size} images, {seconds:.1f} s"
     if device.type == "cuda":
-        text += f", {torch.cuda.max_memory_allocated(device) / GB:.2f} GB of tensors"
+        text += f", {_shown(torch.cuda.max_memory_allocated(device))} of tensors"
     return f"{text}, loss {loss:.1f}"
