@@ -1,16 +1,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint bench gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
 
 setup: .venv/ready  ## the environment alone, at .venv, with the project installed editable
 
-.venv/ready: requirements.txt requirements-dev.txt pyproject.toml
+REQUIREMENTS := requirements.txt requirements-wandb.txt requirements-dev.txt
+
+.venv/ready: $(REQUIREMENTS) pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check -q -r requirements.txt -r requirements-dev.txt
+	$(BIN)/pip install --disable-pip-version-check -q $(REQUIREMENTS:%=-r %)
 	$(BIN)/pip install --disable-pip-version-check -q --no-deps -e .
 	touch $@
 
@@ -29,8 +31,15 @@ lint: setup  ## ruff, its formatter and mypy, without changing anything
 test: lint  ## lint, types and tests
 	$(BIN)/python -m pytest -n 2
 
-bench: setup  ## every benchmark: prints tables, takes a while
-	@for each in bench/*.py; do echo "## $$each"; $(BIN)/python $$each || exit 1; done
+bench: setup  ## every benchmark of a CPU: prints tables, takes a while
+	@for each in $(filter-out bench/gpu%,$(wildcard bench/*.py)); do echo "## $$each"; $(BIN)/python $$each || exit 1; done
+
+gpu:  ## CUDA tests, and the benchmark of a GPU: 4 minutes; prints tables, writes results/gpu
+	@nvidia-smi --list-gpus 2>/dev/null | grep -q GPU || \
+		{ echo "make gpu needs an NVIDIA GPU, and nvidia-smi finds none" >&2; exit 2; }
+	@$(MAKE) --no-print-directory setup
+	$(BIN)/python -m pytest -m cuda
+	$(BIN)/python bench/gpu.py
 
 clean:  ## remove the environment, runs and drawn data
 	rm -rf .venv runs data .pytest_cache .mypy_cache .ruff_cache

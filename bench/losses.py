@@ -49,11 +49,13 @@ def transcription(logits: Tensor, targets: Tensor) -> Tensor:
 def losses() -> dict[str, Loss]:
     from timm.loss import AsymmetricLossMultiLabel
 
+    timm_loss = AsymmetricLossMultiLabel()
+    timm_loss.reduction = "sum"  # older releases take no such argument: they always sum
     return {
         "transcription": transcription,
         "AsymmetricLoss": AsymmetricLoss(disable_torch_grad_focal_loss=False),
         "AsymmetricLossOptimized": AsymmetricLossOptimized(),
-        "timm AsymmetricLossMultiLabel": AsymmetricLossMultiLabel(reduction="sum"),
+        "timm AsymmetricLossMultiLabel": timm_loss,
         "BCEWithLogitsLoss": torch.nn.BCEWithLogitsLoss(reduction="sum"),
     }
 
@@ -151,16 +153,19 @@ def table(batch: int, classes: int, labels_per_image: float, rounds: int, device
     return "\n".join(lines)
 
 
+def processor(device: torch.device) -> str:
+    """What a GPU or the CPU is called."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def machine(device: str) -> str:
-    if torch.device(device).type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        info = Path("/proc/cpuinfo")
-        lines = info.read_text().splitlines() if info.exists() else []
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        name = names[0] if names else platform.processor() or platform.machine()
-        name += f", {torch.get_num_threads()} threads"
-    return f"{name}, PyTorch {torch.__version__}"
+    threads = "" if device.startswith("cuda") else f", {torch.get_num_threads()} threads"
+    return f"{processor(torch.device(device))}{threads}, PyTorch {torch.__version__}"
 
 
 def shape(text: str) -> tuple[int, int]:

@@ -11,8 +11,8 @@ def rows_of(folder, name="metrics.jsonl"):
 
 
 def figures_of(folder):
-    """The lines of the log of epochs, but for what was measured with a clock and the like."""
+    """The lines of the log of epochs: what a run computed, and not what it took."""
     return [
-        {name: value for name, value in row.items() if name not in MEASURED}
+        {name: value for name, value in row.items() if name not in MEASURED | {"commit"}}
         for row in rows_of(folder)
     ]

@@ -142,7 +142,7 @@ def test_a_line_of_the_log_every_few_steps(settings, small_shapes, tmp_path):
     rows = rows_of(run, "steps.jsonl")
     assert [(row["epoch"], row["step"]) for row in rows] == [(1, 2), (1, 4), (2, 7), (2, 9)]
     assert all(row["loss"] > 0 and row["images_per_second"] > 0 for row in rows)
-    assert rows[0]["lr"] < rows[1]["lr"]
+    assert len({row["lr"] for row in rows}) == 4
     assert "gradient_norm" not in rows_of(run)[0]
 
 
@@ -187,7 +187,6 @@ def test_tensorboard_gets_the_figures_of_all_epochs_in_one_file(settings, small_
 
 
 def test_weights_and_biases_gets_the_figures_offline(small_shapes, tmp_path):
-    pytest.importorskip("wandb")
     train = [sys.executable, str(Path(__file__).parents[2] / "train.py"), str(small_shapes)]
     small = "--model-name test_resnet --image-size 48 --batch-size 8 --workers 0 --amp off"
     options = [*small.split(), "--epochs", "2", "--output", "run", "--wandb", "shapes"]
@@ -207,7 +206,7 @@ def test_weights_and_biases_gets_the_figures_offline(small_shapes, tmp_path):
 
 def test_weights_and_biases_is_an_extra(settings, small_shapes, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UsageError, match="pip install wandb"):
+    with pytest.raises(UsageError, match=r"pip install -r requirements-wandb\.txt"):
         fit(settings(small_shapes, tmp_path, wandb="shapes"))
 
 

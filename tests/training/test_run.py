@@ -60,9 +60,6 @@ def steps_of(folder):
 def assert_same(one, other):
     """The logs and all weights of two runs are equal, bit for bit."""
     assert figures_of(one) == figures_of(other)
-    assert [row["step"] for row in rows_of(one, "steps.jsonl")] == [
-        row["step"] for row in rows_of(other, "steps.jsonl")
-    ]
     assert (one / "prior.csv").exists() == (other / "prior.csv").exists()
     if (one / "prior.csv").exists():
         assert (one / "prior.csv").read_text() == (other / "prior.csv").read_text()
@@ -403,7 +400,7 @@ class WithWeights:
     def __init__(self, value):
         self.value = value
 
-    epoch, losses = 0, ()
+    epoch, steps, losses = 0, 0, ()
 
     def finite_losses(self):
         return []

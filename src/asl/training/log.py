@@ -124,7 +124,7 @@ def _to_wandb(folder: Path, config: TrainConfig) -> Iterator[Sink]:
     try:
         import wandb
     except ImportError:
-        raise UsageError("wandb needs a package: pip install wandb") from None
+        raise UsageError("wandb needs a package: pip install -r requirements-wandb.txt") from None
     try:
         run = wandb.init(
             project=config.run.wandb,

@@ -140,7 +140,7 @@ class RunSettings(Settings):
     tensorboard: bool = False
     """also log to TensorBoard in the run folder"""
     wandb: Annotated[str, tyro.conf.arg(metavar="PROJECT")] = ""
-    """also log to this project of Weights & Biases (pip install wandb)"""
+    """also log to this project of Weights & Biases (requirements-wandb.txt)"""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
