@@ -88,8 +88,10 @@ def measure(config: TrainConfig, device: torch.device) -> None:
 def compare(device: torch.device, amp: str) -> None:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"torch {torch.__version__}, {where}, amp {amp}, 224 px\n")
-    print("| model | batch | estimated, GB | measured, GB | error | estimate of the GPU | taken |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    columns = ["model", "batch", "estimated, GB", "measured, GB", "error"]
+    if device.type == "cuda":
+        columns += ["GPU, estimated, GB", "GPU, taken, GB"]
+    print(f"| {' | '.join(columns)} |\n| --- |{' ---: |' * (len(columns) - 1)}")
     for name, count in MODELS.items():
         config = config_of(name, amp)
         found = estimate(config, model_of(config, 80, CPU), create_loss(config.loss), device, count)
@@ -99,9 +101,10 @@ def compare(device: torch.device, amp: str) -> None:
         )
         measured, taken = map(int, done.stdout.split())
         error = f"{found.peak / measured - 1:+.1%}"
-        gpu = [f"{size / GB:.2f}" if taken else "" for size in (found.of_gpu, taken)]
-        row = [name, count, f"{found.peak / GB:.2f}", f"{measured / GB:.2f}", error, *gpu]
-        print(f"| {' | '.join(map(str, row))} |", flush=True)
+        row = [name, str(count), f"{found.peak / GB:.2f}", f"{measured / GB:.2f}", error]
+        if device.type == "cuda":
+            row += [f"{size / GB:.2f}" for size in (found.of_gpu, taken)]
+        print(f"| {' | '.join(row)} |", flush=True)
 
 
 @cache
