@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -34,6 +35,10 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("long"):
                 item.add_marker(pytest.mark.skip(reason="takes minutes: python -m pytest --long"))
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 @pytest.fixture(scope="session")
@@ -99,6 +104,26 @@ def labelling():
         )
 
     return build
+
+
+@pytest.fixture(scope="session")
+def without_waiting():
+    """Inside the block `without_waiting()` it is an error if the host waits for a CUDA device."""
+
+    def say(mode):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says that it does not see every wait
+            torch.cuda.set_sync_debug_mode(mode)
+
+    @contextmanager
+    def watching():
+        say("error")
+        try:
+            yield
+        finally:
+            say("default")
+
+    return watching
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from asl.images.augment import OPERATIONS, Transform, apply, apply_batch, draw
 from asl.images.settings import Policy
 
-DEVICES = ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 SHEARS = [code for code, operation in enumerate(OPERATIONS) if "Shear" in operation.name]
 SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "index.Tensor")
 VIEWS = ("view", "expand", "unsqueeze", "select", "slice", "unbind", "split", "transpose", "detach")
@@ -100,13 +100,9 @@ def test_kernels_grow_with_the_operations_and_not_with_the_batch_and_none_waits(
     assert not [name for name in runs[0] if name.startswith(SYNCS)]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_no_step_waits_for_the_device():
-    images = pictures(64).cuda()
-    numbers = draw("recipe", 0, 0, range(64))
+@pytest.mark.cuda
+def test_no_step_waits_for_the_device(without_waiting):
+    images, numbers = pictures(64).cuda(), draw("recipe", 0, 0, range(64))
     apply_batch(images, numbers)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with without_waiting():
         apply_batch(images, numbers)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -38,13 +38,13 @@ def golden_network():
     ).to(memory_format=torch.channels_last)
 
 
-def training_of(model, *, amp="off", loss=None, steps_per_epoch=5, **settings):
+def training_of(model, *, amp="off", loss=None, steps_per_epoch=5, device=CPU, **settings):
     return Training(
-        model,
+        model.to(device),
         create_loss(loss or LossSettings()),
         StepSettings(**settings),
         batches_per_epoch=steps_per_epoch,
-        device=CPU,
+        device=device,
         amp=amp,
     )
 
@@ -54,26 +54,29 @@ def states_of(tensors, name):
     return {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
 
 
-def test_losses_learning_rates_and_weights_follow_the_official_trajectory():
+def test_losses_learning_rates_and_weights_follow_the_official_trajectory(device):
     tensors = load_file(GOLDEN / "reference.safetensors")
     golden = json.loads((GOLDEN / "reference.json").read_text())["training"]
     model = golden_network()
     model.load_state_dict(states_of(tensors, "init"), strict=False)
     loss = LossSettings(**{name: golden[name] for name in ("gamma_neg", "gamma_pos", "clip")})
     taken = ("lr", "weight_decay", "ema_decay", "epochs", "pct_start")
-    training = training_of(model, loss=loss, **{name: golden[name] for name in taken})
+    taken = {name: golden[name] for name in taken}
+    training = training_of(model, loss=loss, device=device, **taken)
+    targets = tensors["targets"].to(device)
 
     losses, rates = [], []
     for _ in range(golden["epochs"]):
-        for images in tensors["images"]:
+        for images in tensors["images"].to(device):
             rates.append(training.lr)
-            losses.append(training.step(images, tensors["targets"]).item())
+            losses.append(training.step(images, targets).item())
 
     assert losses == pytest.approx(golden["losses"], rel=1e-4)
     assert rates == pytest.approx(golden["lrs"], rel=1e-9)
     for name, state in (("final", model), ("ema", training.ema.module)):
         for key, expected in states_of(tensors, name).items():
-            torch.testing.assert_close(state.state_dict()[key], expected, rtol=1e-4, atol=1e-4)
+            found = state.state_dict()[key].cpu()
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def drawn_by_name(params, salt):
@@ -152,28 +155,32 @@ def test_a_compiled_model_takes_the_same_steps():
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_bfloat16_steps_stay_near_those_in_float32():
-    images, targets = torch.rand(4, 3, 16, 16), torch.randint(0, 2, (4, 20))
+def some_images(device):
+    return torch.rand(4, 3, 16, 16).to(device), torch.randint(0, 2, (4, 20)).to(device)
+
+
+def test_bfloat16_steps_stay_near_those_in_float32(device):
+    images, targets = some_images(device)
     losses = []
     for amp in ("off", "bf16"):
         torch.manual_seed(1)
-        training = training_of(golden_network(), amp=amp, lr=1e-2, epochs=1)
+        training = training_of(golden_network(), amp=amp, device=device, lr=1e-2, epochs=1)
         losses.append([training.step(images, targets).item() for _ in range(3)])
         assert all(p.dtype == torch.float32 for p in training.model.parameters())
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=2e-2)
 
 
-def linear_training(**settings):
+def linear_training(device=CPU, **settings):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
     images, targets = torch.rand(2, 3, 2, 2), torch.randint(0, 2, (2, 4))
-    return training_of(model, **settings), images, targets
+    return training_of(model, device=device, **settings), images.to(device), targets.to(device)
 
 
 @pytest.mark.parametrize("amp", ["off", "fp16"])
-def test_gradients_are_clipped_at_their_true_size_whatever_the_loss_scale(amp):
-    training, images, targets = linear_training(amp=amp, grad_clip=1e-3, weight_decay=0)
+def test_gradients_are_clipped_at_their_true_size_whatever_the_loss_scale(amp, device):
+    training, images, targets = linear_training(device, amp=amp, grad_clip=1e-3, weight_decay=0)
     share = 1 - training.optimizer.param_groups[0]["betas"][0]
     training.step(images, targets)
     # After one step Adam's first moment is this share of the gradient.
@@ -182,10 +189,10 @@ def test_gradients_are_clipped_at_their_true_size_whatever_the_loss_scale(amp):
     assert norm == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_gradients_below_the_limit_are_left_alone():
+def test_gradients_below_the_limit_are_left_alone(device):
     steps = []
     for grad_clip in (None, 1e6):
-        training, images, targets = linear_training(grad_clip=grad_clip)
+        training, images, targets = linear_training(device, grad_clip=grad_clip)
         training.step(images, targets)
         steps.append(training.model[1].weight.clone())
     assert torch.equal(*steps)
@@ -270,10 +277,10 @@ def test_dropout_draws_anew_by_seed_step_and_rank_and_repeats_itself(monkeypatch
     assert len({*everything}) == 9
 
 
-def test_the_average_moves_towards_weights_and_statistics_by_the_decay():
-    training = training_of(golden_network(), ema_decay=0.75)
+def test_the_average_moves_towards_weights_and_statistics_by_the_decay(device):
+    training = training_of(golden_network(), device=device, ema_decay=0.75)
     before = {name: t.clone() for name, t in training.ema.module.state_dict().items()}
-    training.step(torch.rand(4, 3, 16, 16), torch.randint(0, 2, (4, 20)))
+    training.step(*some_images(device))
     after, weights = training.ema.module.state_dict(), training.model.state_dict()
     for name in ("0.weight", "1.running_mean", "5.bias"):
         expected = 0.75 * before[name] + 0.25 * weights[name]
@@ -304,8 +311,8 @@ def test_a_device_that_is_not_there_is_an_error_of_usage():
             pick_device("cuda")
 
 
-def test_gradients_that_overflow_again_and_again_are_an_error():
-    training, images, targets = linear_training(amp="fp16")
+def test_gradients_that_overflow_again_and_again_are_an_error(device):
+    training, images, targets = linear_training(device, amp="fp16")
     training.epoch = 2
     start = training.model[1].weight.clone()
     training.model[1].weight.register_hook(lambda gradient: gradient * math.inf)
@@ -336,13 +343,13 @@ def test_the_first_loss_that_is_not_finite_is_named(bad):
         training.finite_losses()
 
 
-def test_it_goes_on_from_its_state_as_if_it_had_never_stopped():
+def test_it_goes_on_from_its_state_as_if_it_had_never_stopped(device):
     settings = {"epochs": 2, "lr": 1e-2, "ema_warmup": True}
-    one, images, targets = linear_training(**settings)
+    one, images, targets = linear_training(device, **settings)
     for _ in range(3):
         one.step(images, targets)
     weights = {name: {k: v.clone() for k, v in w.items()} for name, w in one.weights().items()}
-    other, *_ = linear_training(**settings)
+    other, *_ = linear_training(device, **settings)
     other.load_state_dict(one.state_dict(), weights)
     for training in (one, other):
         training.step(images, targets)
@@ -364,11 +371,11 @@ def test_a_run_on_another_number_of_processes_may_have_another_number_of_steps(t
     assert (other.steps, other.lr) == (9, pytest.approx(1e-4 / 25 / 1e4))  # the last of 10
 
 
-def test_a_step_uses_the_statistics_of_its_batch_also_after_a_validation():
-    training = training_of(golden_network())
+def test_a_step_uses_the_statistics_of_its_batch_also_after_a_validation(device):
+    training = training_of(golden_network(), device=device)
     training.model.eval()
     before = training.model[1].running_mean.clone()
-    training.step(torch.rand(4, 3, 16, 16), torch.randint(0, 2, (4, 20)))
+    training.step(*some_images(device))
     assert not torch.equal(training.model[1].running_mean, before)
 
 
@@ -388,13 +395,15 @@ def with_fixed_statistics():
 
 
 @pytest.mark.parametrize("grad_clip", [None, 0.1])
-def test_a_step_of_several_batches_is_that_of_one_as_large(grad_clip):
+def test_a_step_of_several_batches_is_that_of_one_as_large(grad_clip, device):
     torch.manual_seed(0)
-    images, targets = torch.rand(12, 3, 16, 16).double(), torch.randint(0, 2, (12, 20))
+    images = torch.rand(12, 3, 16, 16).double().to(device)
+    targets = torch.randint(0, 2, (12, 20)).to(device)
     results = []
     for accumulate in (1, 3):
         training = training_of(
-            *(with_fixed_statistics(),),
+            with_fixed_statistics(),
+            device=device,
             **{"accumulate": accumulate, "grad_clip": grad_clip, "lr": 1e-2, "epochs": 2},
             steps_per_epoch=2 * accumulate,
         )

@@ -12,6 +12,7 @@ from torch import nn
 
 from asl.errors import DataError, UsageError
 from asl.models.heads import init_heads, set_bottleneck_head
+from asl.models.layout import keep_channels_last
 from asl.models.settings import Head
 
 
@@ -56,7 +57,7 @@ def create_model(
     if head == "bottleneck":
         set_bottleneck_head(model, num_classes)
     init_heads(model)
-    return model
+    return keep_channels_last(model)
 
 
 def normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:

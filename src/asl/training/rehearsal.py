@@ -17,6 +17,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 
 M = TypeVar("M", bound=nn.Module)
@@ -32,15 +33,13 @@ class Rehearsal:
     def on(self, device: torch.device) -> Iterator[None]:
         """Everything inside the block computes with fake tensors; `device` may have no driver."""
         with ExitStack() as stack:
+            replaced = _WITHOUT_VALUES
             stack.enter_context(mock.patch.object(FakeTensor, "__deepcopy__", _copied, create=True))
-            # A rehearsal is alone: other processes would wait for what a fake tensor cannot send.
-            stack.enter_context(mock.patch("torch.distributed.is_initialized", return_value=False))
-            stack.enter_context(mock.patch("torch.Tensor.pin_memory", lambda tensor: tensor))
-            stack.enter_context(mock.patch("torch.frombuffer", self._frombuffer))
             if device.type == "cuda" and not torch.cuda.is_available():
                 stack.enter_context(without_engine())
-                for name, replaced in _WITHOUT_DRIVER.items():
-                    stack.enter_context(mock.patch(name, replaced))
+                replaced = replaced | _WITHOUT_DRIVER
+            for name, replacement in replaced.items():
+                stack.enter_context(mock.patch(name, replacement))
             stack.enter_context(self._mode)
             yield
 
@@ -58,10 +57,6 @@ class Rehearsal:
         with FakeCopyMode(self._mode):
             return copy.deepcopy(module, memo)
 
-    def _frombuffer(self, buffer: Any, dtype: torch.dtype) -> Tensor:
-        # torch makes a real tensor of it, whatever mode it is in.
-        return self._mode.from_tensor(_frombuffer(buffer, dtype=dtype))
-
 
 def _copied(self: FakeTensor, memo: dict[int, Any]) -> Tensor:
     """What torch's own copy of a tensor does, but for a look at its memory."""
@@ -70,6 +65,23 @@ def _copied(self: FakeTensor, memo: dict[int, Any]) -> Tensor:
         copied = nn.Parameter(copied, self.requires_grad)
     memo[id(self)] = copied
     return copied
+
+
+# What has no fake counterpart.
+_WITHOUT_VALUES: dict[str, Any] = {
+    "torch.frombuffer": lambda buffer, dtype: torch.empty(
+        len(buffer) // dtype.itemsize, dtype=dtype
+    ),
+    "torch.Tensor.pin_memory": lambda tensor: tensor,
+    # A rehearsal is alone: other processes would wait for what a fake tensor cannot send.
+    "torch.distributed.is_initialized": lambda: False,
+}
+
+
+def _layout_of_convolution(images: Tensor, weight: Tensor, backend: object) -> torch.memory_format:
+    """cuDNN's choice, which takes every convolution; torch asks the driver if it takes bfloat16."""
+    layouts = [suggest_memory_format(each) for each in (images, weight)]
+    return torch.channels_last if torch.channels_last in layouts else torch.contiguous_format
 
 
 def _attention(
@@ -100,11 +112,12 @@ def _attention(
     return out
 
 
-_generator, _frombuffer = torch.Generator, torch.frombuffer
+_generator = torch.Generator
 # What asks for the driver, though it could do without.
 _WITHOUT_DRIVER: dict[str, Any] = {
     "torch.Generator": lambda device=None: _generator(),
     "torch.cuda.Event": mock.MagicMock,
+    "torch._C._conv_determine_backend_memory_format": _layout_of_convolution,
     "torch.cuda.is_bf16_supported": lambda including_emulation=True: True,
     "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
     "torch.nn.functional.scaled_dot_product_attention": _attention,
@@ -116,7 +129,8 @@ def without_engine() -> Iterator[None]:
     """Inside the block `Tensor.backward` does without autograd's engine, which needs a driver.
 
     The graph is built as always, and each of its nodes computes what it always does. Only who calls
-    them is replaced. A saved tensor is let go when its node has taken it, as the engine does.
+    them is replaced. A saved tensor is let go when its node has taken it, as the engine does. Hooks
+    of tensors and nodes are not called.
     """
 
     def keep(tensor: Tensor) -> list[Tensor]:
@@ -127,7 +141,8 @@ def without_engine() -> Iterator[None]:
 
     with (
         mock.patch("torch.Tensor.backward", _backward),
-        mock.patch("torch._C._current_graph_task_id", return_value=0),  # checkpoints ask for it
+        # Checkpointed activations ask for it.
+        mock.patch("torch._C._current_graph_task_id", return_value=0),
         torch.autograd.graph.saved_tensors_hooks(keep, take),
     ):
         yield
