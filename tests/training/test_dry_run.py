@@ -49,7 +49,7 @@ def test_the_script_says_what_is_needed_and_writes_nothing(device, small_shapes,
     assert (tree(small_shapes), tree(tmp_path)) == before
     assert "train2014: 40 images, 24 classes" in done.stdout
     assert "5 an epoch, of 8 images in 1 process; 10 in 2 epochs" in done.stdout
-    assert re.search(rf"[MG]B on {device} with 8 images a process", done.stdout)
+    assert f"B on {device} with 8 images a process" in done.stdout
     assert all(f"{size} GB: " in done.stdout for size in (16, 24, 40, 80))
     if device == "cpu":
         assert re.search(r"one on cpu with 8 of 8 images, .* loss \d", done.stdout)

@@ -79,7 +79,8 @@ def _dry_run(config: TrainConfig, device: torch.device, there: bool) -> str:
     elif there:
         lines.append(_real_step(config, training, samples, batches.batch_size_per_rank, flops))
     else:
-        lines.append(f"step           rehearsed: there is no {device.type} here")
+        done = "rehearsed" if flops else "none"
+        lines.append(f"step           {done}: there is no {device.type} here")
     return "\n".join([*lines, "nothing was written"])
 
 
