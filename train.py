@@ -19,12 +19,17 @@ DEMO = Path(__file__).resolve().parent / "configs" / "demo.yaml"
 
 
 def main() -> None:
-    """Parse, train, say where everything is."""
+    """Parse, train, say where everything is; or with --dry-run only what it would take."""
     argv = sys.argv[1:] or ["--config", str(DEMO)]
     config = parse(TrainConfig, "train", "Train a multi-label classifier.", argv)
 
-    from asl.training.fit import fit  # torch takes seconds to import: not for `--help`
+    # torch takes seconds to import: not for `--help`
+    from asl.training.dry_run import dry_run
+    from asl.training.fit import fit
 
+    if config.run.dry_run:
+        print(dry_run(config))
+        return
     folder = fit(config)
     print(f"curves:      {folder / 'curves.png'}")
     print(f"checkpoint:  {folder / 'best.pt'}")

@@ -66,6 +66,16 @@ def test_the_second_start_reads_the_cache(root, cache, parsed):
     assert [path.suffix for path in cache.iterdir()] == [".npz"]
 
 
+def test_what_is_cached_can_be_read_without_adding_to_it(root, cache, parsed):
+    for _ in range(2):
+        read("voc", root, "train", cache_dir=cache, write_cache=False)
+    assert len(parsed) == 2
+    assert not cache.exists()
+    read("voc", root, "train", cache_dir=cache)
+    read("voc", root, "train", cache_dir=cache, write_cache=False)
+    assert len(parsed) == 3
+
+
 def test_options_and_splits_are_kept_apart(root, cache, parsed):
     for _ in range(2):
         present = read("voc", root, "train", cache_dir=cache, difficult="present")

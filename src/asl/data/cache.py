@@ -26,12 +26,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "asl"
 
 
-def cached(parse: Callable[[], Annotations], path: Path, key: object) -> Annotations:
+def cached(
+    parse: Callable[[], Annotations], path: Path, key: object, write: bool = True
+) -> Annotations:
     """What `parse` returned when it was last called with this `key`: from the file `path`, or anew.
 
     `key` is anything that JSON can hold. A file with another key is out of date and is replaced
     without a message. A damaged file (zip checksums find a single wrong bit) is replaced with a
-    warning. If the file cannot be written, that costs a warning too, not the run.
+    warning. If the file cannot be written, that costs a warning too, not the run. Without `write`
+    no file is touched.
     """
     key = json.dumps([FORMAT, key])
     try:
@@ -42,7 +45,8 @@ def cached(parse: Callable[[], Annotations], path: Path, key: object) -> Annotat
     if annotations is None:
         annotations = parse()
         try:
-            _save(annotations, path, key)
+            if write:
+                _save(annotations, path, key)
         except OSError as error:
             log.warning("the parsed annotations cannot be cached: %s", error)
     return annotations

@@ -26,11 +26,13 @@ def read_split(
     labels: LabelSettings | None = None,
     *,
     classes: Sequence[str] | None = None,
+    write_cache: bool = True,
 ) -> Annotations:
     """Read the split for training or validation, say what is in it, and leave out missing images.
 
     `labels` say how the labels of the training split are changed; validation is always on those of
     the data set. With `classes`, the result has these classes, matched by name, in this order.
+    Without `write_cache` a list that is parsed is not kept for the next start.
 
     Raises `UsageError` for settings that the data set does not have, and `DataError` for files that
     are missing or wrong and for classes without a match.
@@ -45,6 +47,7 @@ def read_split(
         settings.data,
         split,
         cache_dir=cache_folder(),
+        write_cache=write_cache,
         # A reader refuses an option that it does not have, unless it is None.
         all_images=settings.all_images or None,
         difficult=difficult,

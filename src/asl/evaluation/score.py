@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from asl.data.annotations import Annotations
 from asl.distributed import gather_dealt, precision, rank
+from asl.errors import UsageError
 from asl.images.loader import Batch, Batches
 from asl.images.prepare import preparation
 from asl.images.settings import ImageSettings
@@ -149,12 +150,17 @@ class Scorer:
     def scores(self, annotations: Annotations, title: str) -> Tensor | None:
         """The (N, C) scores in [0, 1] of these images, on rank 0; None on other ranks.
 
-        Raises `UsageError` for images of a size that the model cannot take, and `DataError` for one
-        that cannot be read.
+        Raises `UsageError` for images of a size that the model cannot take and for batches that
+        the device cannot hold, and `DataError` for an image that cannot be read.
         """
         batches = Batches(annotations, self.images, device=self.device)
         try:
             [scores] = score_data_set([self.model], batches, self.device, self.amp, title)
+        except torch.OutOfMemoryError:
+            raise UsageError(
+                f"{self.device} is out of memory with {batches.batch_size_per_rank} images: "
+                "lower --batch-size"
+            ) from None
         except (RuntimeError, AssertionError, ArithmeticError, ValueError):
             check_size(self.model, self.settings.model_name, self.images.image_size)
             raise  # the size is right: it was something else

@@ -143,7 +143,8 @@ class ImageCache:
             os.close(self._descriptor)
 
     @property
-    def _length(self) -> int:
+    def bytes(self) -> int:
+        """The length of the file."""
         return self.offset(len(self)) + 8 * len(self) + 4
 
     def _load_or_build(self, workers: int, bad: BadImages) -> None:
@@ -160,8 +161,8 @@ class ImageCache:
         with self.path.open("rb") as file:
             if file.read(HEADER) != self._header:
                 raise ValueError("is not the cache that its name says")
-            if (found := os.fstat(file.fileno()).st_size) != self._length:
-                raise ValueError(f"has {found:,} bytes, not {self._length:,}")
+            if (found := os.fstat(file.fileno()).st_size) != self.bytes:
+                raise ValueError(f"has {found:,} bytes, not {self.bytes:,}")
             file.seek(self.offset(len(self)))
             table = file.read(8 * len(self))
             if file.read(4) != zlib.crc32(table).to_bytes(4, "little"):
@@ -178,9 +179,9 @@ class ImageCache:
         for draft in self.path.parent.glob(".*.images.*.part"):  # of a build that was killed
             draft.unlink(missing_ok=True)
         free = shutil.disk_usage(self.path.parent).free
-        if self._length > free:
+        if self.bytes > free:
             raise UsageError(
-                f"the image cache {self.path} needs {self._length:,} bytes, and {free:,} are free"
+                f"the image cache {self.path} needs {self.bytes:,} bytes, and {free:,} are free"
             )
         checksums: list[npt.NDArray[np.int64]] = []
         title = f"image cache at {self.size} px"

@@ -132,6 +132,11 @@ class Batches:
     def __len__(self) -> int:
         return self._sampler.steps
 
+    @property
+    def shared_bytes(self) -> int:
+        """The memory that is shared with the workers of this process, once they have filled it."""
+        return self._slots.shared_bytes
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch, from number `start` on; adds the seconds for them to `waited`.
 

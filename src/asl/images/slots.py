@@ -21,7 +21,7 @@ class Slots:
 
     `planar` keeps the channels of an image apart, which warps and look-ups want; else they lie
     together, as decoders and models want them. `shared` memory is shared with worker processes;
-    raises `UsageError` if the system has less of it.
+    raises `UsageError` if the system has less of it. `shared_bytes` is how much that is.
     """
 
     def __init__(
@@ -36,8 +36,8 @@ class Slots:
     ) -> None:
         shape = (3, image_size, image_size) if planar else (image_size, image_size, 3)
         shapes = (count, batch_size, *shape), (count, batch_size, num_classes)
-        if shared:
-            _check_shared_memory(sum(int(np.prod(each)) for each in shapes))
+        self.shared_bytes = sum(int(np.prod(each)) for each in shapes) if shared else 0
+        _check_shared_memory(self.shared_bytes)
         self.images = _memory(torch.uint8, shapes[0], shared)
         if not planar:
             self.images = self.images.permute(0, 1, 4, 2, 3)
@@ -52,9 +52,15 @@ class Slots:
         return self.images[slot, :size], self.targets[slot, :size]
 
 
+def free_shared_memory() -> int | None:
+    """How many bytes of shared memory nobody has touched; None where the system does not tell."""
+    return shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None
+
+
 def _check_shared_memory(size: int) -> None:
     # It is taken when it is touched: a worker would be killed in the middle of an epoch.
-    if SHARED_MEMORY.is_dir() and size > (free := shutil.disk_usage(SHARED_MEMORY).free):
+    free = free_shared_memory()
+    if free is not None and size > free:
         raise UsageError(
             f"the loader needs {size / 1e6:,.0f} MB of shared memory and {SHARED_MEMORY} has "
             f"{free / 1e6:,.0f}: fewer --workers, a smaller --batch-size, or for a container a "

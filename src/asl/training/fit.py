@@ -36,6 +36,7 @@ from asl.training.adaptive import AdaptiveAsymmetry
 from asl.training.interrupts import Interrupts
 from asl.training.log import Row, peak_memory_gb
 from asl.training.loss import create_loss
+from asl.training.memory import out_of_memory_explained
 from asl.training.run import Run, run_folder
 from asl.training.settings import ESTIMATE, TrainConfig
 from asl.training.step import Training
@@ -58,27 +59,18 @@ def fit(config: TrainConfig) -> Path:
 
 
 def _fit(config: TrainConfig, device: torch.device) -> Path:
-    _check_processes(config, device)
-    _choose_algorithms(config.run.deterministic)
-    train_set = read_split(config.data, "train", config.labels)
-    _check_classes(config.model.num_classes, train_set)
-    val_set = read_split(config.data, "val", classes=train_set.classes)
-    check_apart(config.data, train_set, val_set)
+    train_set, val_set = read_splits(config, device)
     run = Run(config)
-    batches = Batches(
-        train_set,
-        config.images,
-        augment=config.augment,
-        on_device=augments_on_device(config.augment, device.type),
-        shuffle=True,
-        seed=config.step.seed,
-        device=device,
-    )
+    batches = training_batches(config, train_set, device)
     val_batches = Batches(val_set, config.images, device=device)
-    training = _new_training(config, train_set, len(batches), device, resumed=run.resumed)
+    training = new_training(config, train_set, len(batches), device, resumed=run.resumed)
     run.restore(training)
 
-    with run.owned(training, train_set.classes), Interrupts() as interrupts:
+    with (
+        run.owned(training, train_set.classes),
+        Interrupts() as interrupts,
+        out_of_memory_explained(config, training, batches.batch_size_per_rank),
+    ):
         while training.epoch < config.last_epoch and not from_rank_0(run.has_stalled):
             row = train_epoch(training, batches, run, interrupts)
             if run.validates(training.epoch):
@@ -171,13 +163,40 @@ def validate(training: Training, batches: Batches, run: Run, interrupts: Interru
     return row | {"seconds_validation": round(time.perf_counter() - started, 2)}
 
 
-def _new_training(
+def read_splits(
+    config: TrainConfig, device: torch.device, write_cache: bool = True
+) -> tuple[Annotations, Annotations]:
+    """What is trained and validated on, after all checks that need no more than that."""
+    _check_processes(config, device)
+    _choose_algorithms(config.run.deterministic)
+    train_set = read_split(config.data, "train", config.labels, write_cache=write_cache)
+    _check_classes(config.model.num_classes, train_set)
+    val_set = read_split(config.data, "val", classes=train_set.classes, write_cache=write_cache)
+    check_apart(config.data, train_set, val_set)
+    return train_set, val_set
+
+
+def training_batches(config: TrainConfig, train_set: Annotations, device: torch.device) -> Batches:
+    """The shuffled and augmented batches of this rank."""
+    return Batches(
+        train_set,
+        config.images,
+        augment=config.augment,
+        on_device=augments_on_device(config.augment, device.type),
+        shuffle=True,
+        seed=config.step.seed,
+        device=device,
+    )
+
+
+def new_training(
     config: TrainConfig,
     train_set: Annotations,
     batches_per_epoch: int,
     device: torch.device,
     resumed: bool,
 ) -> Training:
+    """The training of a model that was just made, on the device."""
     torch.manual_seed(config.step.seed)
     # A run that goes on brings its weights: those that it once started from may be gone.
     settings = config.model.replace(model_path="", pretrained=False) if resumed else config.model

@@ -73,6 +73,8 @@ _WITHOUT_VALUES: dict[str, Any] = {
         len(buffer) // dtype.itemsize, dtype=dtype
     ),
     "torch.Tensor.pin_memory": lambda tensor: tensor,
+    # A rehearsal is alone: other processes would wait for what a fake tensor cannot send.
+    "torch.distributed.is_initialized": lambda: False,
 }
 
 
@@ -80,6 +82,34 @@ def _layout_of_convolution(images: Tensor, weight: Tensor, backend: object) -> t
     """cuDNN's choice, which takes every convolution; torch asks the driver if it takes bfloat16."""
     layouts = [suggest_memory_format(each) for each in (images, weight)]
     return torch.channels_last if torch.channels_last in layouts else torch.contiguous_format
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """The attention that a GPU of 2020 or later computes, by FlashAttention or what is like it.
+
+    Without a driver torch takes the formula instead, which keeps (B, heads, N, N) of weights.
+    """
+    if torch.is_autocast_enabled("cuda"):
+        lower = torch.get_autocast_dtype("cuda")
+        query, key, value = query.to(lower), key.to(lower), value.to(lower)
+    same: tuple[Any, ...] = (dropout_p, is_causal)
+    if attn_mask is None and query.dtype != torch.float32:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        out: Tensor = flash(query, key, value, *same, scale=scale)[0]
+        return out
+    if attn_mask is not None:
+        attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    out = efficient(query, key, value, attn_mask, True, *same, scale=scale)[0]
+    return out
 
 
 _generator = torch.Generator
@@ -90,6 +120,7 @@ _WITHOUT_DRIVER: dict[str, Any] = {
     "torch._C._conv_determine_backend_memory_format": _layout_of_convolution,
     "torch.cuda.is_bf16_supported": lambda including_emulation=True: True,
     "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
+    "torch.nn.functional.scaled_dot_product_attention": _attention,
 }
 
 

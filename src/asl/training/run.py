@@ -34,13 +34,13 @@ MAY_CHANGE = (
     *("config", "data", "missing_images", "cache_dir", "max_pixels", "workers"),
     *("model_path", "pretrained", "device", "compile"),
     *("stop_epoch", "patience", "val_every", "threshold"),
-    *("output", "overwrite", "resume", "checkpoint_every"),
+    *("output", "overwrite", "resume", "dry_run", "checkpoint_every"),
     *("print_freq", "tensorboard", "wandb", "profile"),
 )
 UNDEFINED = -1.0  # the mAP of an epoch that has none
 SETTINGS = "config.yaml"
 # What that file does not repeat: as a recipe it would write into this very folder, or delete it.
-OF_THIS_START = ("config", "output", "overwrite", "resume")
+OF_THIS_START = ("config", "output", "overwrite", "resume", "dry_run")
 
 
 class Run:

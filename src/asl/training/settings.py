@@ -125,6 +125,8 @@ class RunSettings(Settings):
     """go on from the last checkpoint of the run folder; --resume FILE: else from that file"""
     checkpoint_every: str = ""
     """also write last.pt within an epoch: every N steps, or every Nmin minutes"""
+    dry_run: bool = False
+    """only say what the run would need: memory, disk, steps; writes nothing"""
     overwrite: bool = False
     """start anew in a folder that already holds a run"""
     deterministic: bool = False

@@ -82,10 +82,17 @@ READERS: dict[str, Reader] = {
 
 
 def read(
-    dataset: str, root: str | Path, split: str, *, cache_dir: Path | None = None, **options: object
+    dataset: str,
+    root: str | Path,
+    split: str,
+    *,
+    cache_dir: Path | None = None,
+    write_cache: bool = True,
+    **options: object,
 ) -> Annotations:
     """Read one split of a data set; with a `cache_dir`, parse it only once.
 
+    Without `write_cache` what is cached is read, and nothing is added.
     `options` go to the reader, except those that are None: they stay at its defaults. Classes that
     no image has are legal; a log message counts and names them.
 
@@ -105,7 +112,7 @@ def read(
         name = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:12]
         sources = fingerprint(reader.sources(root, split, **options))
         path = cache_dir / f"{dataset}-{name}.npz"
-        annotations = cached(parse, path, [reader.version, request, sources])
+        annotations = cached(parse, path, [reader.version, request, sources], write_cache)
     unseen = [annotations.classes[c] for c in (annotations.counts(PRESENT) == 0).nonzero()[0]]
     if unseen:
         named = ", ".join(unseen[:3]) + ", ..." * (len(unseen) > 3)
