@@ -45,7 +45,6 @@ PARTS = {
     ),
     "Adam": ("aten::_fused_adam_", "Optimizer.step#Adam.step"),
     "moving average": ("aten::_foreach_lerp_", "aten::lerp_"),
-    "padding of BlurPool": ("aten::reflection_pad2d", "aten::reflection_pad2d_backward"),
     "pooling": ("aten::avg_pool2d", "aten::avg_pool2d_backward"),
 }
 

@@ -55,6 +55,12 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled() and function.namespace == "aten":
+            # Operations that are made of others arrive here as a whole, conv2d and to among them.
+            with self:
+                result = function.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         result = function(*args, **kwargs)
         if function is CONVOLUTION:
             must_be_channels_last(args[0])
@@ -396,6 +402,15 @@ def test_a_layer_that_undoes_channels_last_is_noticed(layer):
             model(images).sum().backward()
 
 
+def test_such_a_layer_is_noticed_in_validation_too():
+    stage = Rehearsed()
+    model = stage.module(nn.Sequential(Contiguous(), nn.Conv2d(3, 4, 3)))
+    with stage.on(), stage.watched(), torch.inference_mode():
+        images = torch.zeros(2, 3, 8, 8, device=CUDA).to(memory_format=torch.channels_last)
+        with pytest.raises(AssertionError, match=r"\(2, 3, 8, 8\) not in channels last"):
+            model(images)
+
+
 @pytest.mark.parametrize("layer", ["SpaceToDepth", "BlurPool2d"])
 def test_timms_own_layers_are_noticed(layer, monkeypatch):
     monkeypatch.setattr(f"asl.models.layout.{layer}", type(layer, (), {}))
@@ -411,10 +426,11 @@ COPYING = {
 }
 
 
+@pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("copying", COPYING)
-def test_a_copy_that_is_waited_for_is_noticed(copying):
+def test_a_copy_that_is_waited_for_is_noticed(copying, inference):
     stage = Rehearsed()
-    with stage.on():
+    with stage.on(), torch.inference_mode(inference):
         on_host, on_device = torch.zeros(3), torch.zeros(3, device=CUDA)
         with stage.watched():
             on_host.to(CUDA, non_blocking=True)
