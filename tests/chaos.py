@@ -40,6 +40,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from PIL import Image
+from run_log import figures_of, rows_of
 from tqdm import tqdm
 
 from asl.config import read_recipe
@@ -64,8 +65,9 @@ def arguments(epochs, output, *more):
     return [
         *("train.py", "data", "--model-name", "test_resnet", "--image-size", "48"),
         *("--batch-size", "8", "--lr", "1e-3", "--ema-decay", "0.9", "--running-prior"),
-        *("--adaptive-gamma", "0.3", "--checkpoint-every", "3", "--epochs", str(epochs)),
-        *("--amp", "off", "--device", "cpu", "--output", str(output), *more),
+        *("--adaptive-gamma", "0.3", "--checkpoint-every", "3", "--print-freq", "1"),
+        *("--epochs", str(epochs), "--amp", "off", "--device", "cpu"),
+        *("--output", str(output), *more),
     ]
 
 
@@ -188,9 +190,15 @@ def difference(one, other, where=""):
 
 def check_same(folder, reference):
     """A finished run is what it would have been."""
-    for name in ("metrics.jsonl", "prior.csv"):
-        if (folder / name).read_bytes() != (reference / name).read_bytes():
-            raise Wrong(f"{folder}/{name} is not that of {reference}")
+    if figures_of(folder) != figures_of(reference):
+        raise Wrong(f"{folder}/metrics.jsonl has other figures than that of {reference}")
+    if (folder / "prior.csv").read_bytes() != (reference / "prior.csv").read_bytes():
+        raise Wrong(f"{folder}/prior.csv is not that of {reference}")
+    steps, expected = (
+        [row["step"] for row in rows_of(each, "steps.jsonl")] for each in (folder, reference)
+    )
+    if steps != expected:
+        raise Wrong(f"{folder}/steps.jsonl has steps {steps}, not {expected}")
     for name in ("last.pt", "best.pt"):
         place = difference(checkpoint.load(folder / name), checkpoint.load(reference / name))
         if place:

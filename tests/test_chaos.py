@@ -26,6 +26,7 @@ def finished(folder, weight=1.0):
     for name in ("last.pt", "best.pt"):
         checkpoint.save(folder / name, {**content, "training": {"steps": 3, "gap": torch.nan}})
     (folder / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    (folder / "steps.jsonl").write_text('{"step": 1}\n')
     (folder / "prior.csv").touch()
     return folder
 

@@ -137,6 +137,23 @@ def test_the_log_says_what_an_epoch_took(settings, small_shapes, tmp_path):
     assert second["seconds_validation"] > 0
 
 
+def test_a_step_that_overflowed_leaves_the_mean_norm_finite(
+    settings, small_shapes, tmp_path, monkeypatch
+):
+    step = Training.step
+
+    def overflowing(self, images, targets):
+        loss = step(self, images, targets)
+        if self.steps == 2:
+            self.gradient_norms[-1] = torch.tensor(torch.inf)
+        return loss
+
+    monkeypatch.setattr(Training, "step", overflowing)
+    run = fit(settings(small_shapes, tmp_path, stop_epoch=1, grad_clip=1.0))
+    [line] = (run / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail)["gradient_norm"] > 0
+
+
 def test_a_line_of_the_log_every_few_steps(settings, small_shapes, tmp_path):
     run = fit(settings(small_shapes, tmp_path, stop_epoch=2, print_freq=2))
     rows = rows_of(run, "steps.jsonl")
