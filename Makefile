@@ -34,12 +34,17 @@ test: lint  ## lint, types and tests
 bench: setup  ## every benchmark of a CPU: prints tables, takes a while
 	@for each in $(filter-out bench/gpu%,$(wildcard bench/*.py)); do echo "## $$each"; $(BIN)/python $$each || exit 1; done
 
+DEVICE ?= cuda
 gpu:  ## CUDA tests, and the benchmark of a GPU: 4 minutes; prints tables, writes results/gpu
+ifeq ($(DEVICE),cuda)
 	@nvidia-smi --list-gpus 2>/dev/null | grep -q GPU || \
-		{ echo "make gpu needs an NVIDIA GPU, and nvidia-smi finds none" >&2; exit 2; }
+		{ echo "make gpu needs an NVIDIA GPU, and nvidia-smi finds none: to try it without," \
+		"make gpu DEVICE=cpu" >&2; exit 2; }
+endif
 	@$(MAKE) --no-print-directory setup
 	$(BIN)/python -m pytest -m cuda
-	$(BIN)/python bench/gpu.py
+	$(BIN)/python bench/gpu.py --device $(DEVICE) \
+		$(if $(filter cpu,$(DEVICE)),--quick --output runs/gpu)
 
 clean:  ## remove the environment, runs and drawn data
 	rm -rf .venv runs data .pytest_cache .mypy_cache .ruff_cache

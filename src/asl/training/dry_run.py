@@ -53,6 +53,7 @@ def dry_run(config: TrainConfig) -> str:
 
 
 def _dry_run(config: TrainConfig, device: torch.device, there: bool) -> str:
+    existing = Path(config.data.data).exists()
     train_set, val_set = read_splits(config, device, write_cache=False)
     run = Run(config)
     uncached = config.with_settings(cache_dir="")
@@ -81,7 +82,8 @@ def _dry_run(config: TrainConfig, device: torch.device, there: bool) -> str:
     else:
         done = "rehearsed" if flops else "none"
         lines.append(f"step           {done}: there is no {device.type} here")
-    return "\n".join([*lines, "nothing was written"])
+    drawn = "" if existing else " but the built-in data set"
+    return "\n".join([*lines, f"nothing was written{drawn}"])
 
 
 def _forward_flops(model: nn.Module, image_size: int) -> int:
