@@ -54,7 +54,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PHASES = ("start-up", "training", "validation", "writing a checkpoint")
 RANKS = 2
 # What a later start may change in a checkpoint: that it is told to resume, and where.
-ABOUT_THE_START = {"config", "provenance"}
+ABOUT_THE_START = {"config", "provenance", "commit"}
 
 
 class Wrong(Exception):
