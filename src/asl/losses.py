@@ -294,6 +294,8 @@ class ASLSingleLabel(nn.Module):
 class PartialSelectiveLoss(nn.Module):
     """Class-aware Selective Loss: targets are 1 present, 0 absent, -1 not annotated (2110.10955).
 
+    What is annotated may be soft, as in `asymmetric_loss`: mixed images have such targets.
+
     A cell that is not annotated is scored as a negative, with a gamma and an alpha of its own; the
     focusing weight never has a gradient. ``mode`` says which of these cells count:
 
@@ -362,7 +364,7 @@ class PartialSelectiveLoss(nn.Module):
         self.register_buffer("prior", None if prior is None else prior.detach().clone())
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Loss of (N, C) logits and targets 1, 0 or -1; others raise ValueError on the CPU."""
+        """Loss of (N, C) logits and targets in [0, 1] or -1; others raise ValueError on the CPU."""
         logits = _check_logits(logits, targets)
         if self.prior is not None and self.prior.shape != logits.shape[-1:]:
             raise ValueError(
@@ -370,7 +372,7 @@ class PartialSelectiveLoss(nn.Module):
             )
         one = _or_nan(1.0, targets, -1, 1)
         unannotated = targets == -1
-        y_pos, y_unann = (targets == 1).to(logits.dtype), unannotated.to(logits.dtype)
+        y_pos, y_unann = targets.to(logits.dtype).clamp(min=0), unannotated.to(logits.dtype)
         y_neg = 1 - y_pos - y_unann
         gamma = self.gamma_pos * y_pos + self.gamma_neg * y_neg + self.gamma_unann * y_unann
         alpha = self.alpha_pos * y_pos + self.alpha_neg * y_neg + self.alpha_unann * y_unann
@@ -408,7 +410,7 @@ def _most_likely(logits: Tensor, unannotated: Tensor, count: int) -> Tensor:
 
 
 def check_targets(targets: Tensor, partial: bool = False) -> None:
-    """Raise ValueError naming the first target not in [0, 1], or if ``partial`` not 1, 0 or -1.
+    """Raise ValueError naming the first target not in [0, 1], nor -1 if ``partial``.
 
     Reads the values, so it waits for the device. The losses call it themselves on the CPU.
     """
@@ -421,9 +423,9 @@ def _check_range(targets: Tensor, low: int, high: int) -> None:
     values = targets.double().flatten()
     outside = ~((values >= low) & (values <= high))
     if low == -1:
-        outside |= values != values.round()
+        outside |= (values < 0) & (values > -1)
     value, count = values[outside][0].item(), int(outside.sum())
-    allowed = "exactly 1, 0 or -1" if low == -1 else f"in [{low}, {high}]"
+    allowed = "in [0, 1] or -1" if low == -1 else f"in [{low}, {high}]"
     advice = "; for -1, not annotated, use PartialSelectiveLoss" if (low, value) == (0, -1) else ""
     raise ValueError(f"targets must be {allowed}, got {value:g} ({count} such cells){advice}")
 
@@ -436,8 +438,8 @@ def _inside(targets: Tensor, low: int, high: int) -> Tensor:
     if not targets.dtype.is_signed:  # as an unsigned number, -1 would be the largest of all
         return largest <= high
     inside = (smallest >= low) & (largest <= high)
-    if low == -1 and targets.is_floating_point():  # partial targets: whole numbers
-        inside = inside & (targets == targets.round()).all()
+    if low == -1 and targets.is_floating_point():  # partial targets: nothing between -1 and 0
+        inside = inside & ((targets >= 0) | (targets == -1)).all()
     return inside
 
 

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
+from itertools import count
 from pathlib import Path
 from statistics import mean
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ from asl.evaluation.evaluate import epoch_figures, estimate_prior
 from asl.evaluation.pictures import curves
 from asl.evaluation.score import Scorer, progress, score_data_set
 from asl.images.loader import Batches
+from asl.images.mix import mixing
 from asl.images.prepare import augments_on_device, preparation
 from asl.models.build import check_size, normalization, place
 from asl.models.inference import for_inference
@@ -93,8 +95,13 @@ def train_epoch(training: Training, batches: Batches, run: Run, interrupts: Inte
     title = f"epoch {training.epoch + 1}/{config.last_epoch}"
     bar = progress(batches, training.epoch, title, start=training.batches)
     steps = traced(bar, run.folder) if run.traces(training.epoch) else bar
+    mix = mixing(config.augment, config.step.seed)
+    batches_seen = count(training.batches)
     for batch in interrupts.until_stopped(steps, lambda: training.between_steps):
-        training.step(prepare(batch), batch.targets.to(device, non_blocking=True))
+        images, targets = prepare(batch), batch.targets.to(device, non_blocking=True)
+        if mix is not None:
+            targets = mix(images, targets, training.epoch, next(batches_seen))
+        training.step(images, targets)
         pace.add(len(batch.targets) * world_size())
         if not training.between_steps:
             continue
