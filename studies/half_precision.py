@@ -47,7 +47,7 @@ def main() -> None:
     rounding, *_ = trained_model(config.model, config.images.image_size)
     rounding = fold_batchnorm(place(rounding, device))
     dataset = read_split(config.data, "val", classes=full.classes)
-    print("| backbone | head | mAP | difference | scores that tie |")
+    print("| backbone | head | mAP | difference | scores that another image has too |")
     print("| --- | --- | ---: | ---: | ---: |")
     expected = None
     for backbone, head in (("off", "off"), (chosen.amp, "off"), (chosen.amp, chosen.amp)):
