@@ -25,7 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from asl.evaluation.score import score
 from asl.images.augment import OPERATIONS, Transform, apply_batch, draw
 from asl.images.loader import Batch
+from asl.images.mix import mixing
 from asl.images.prepare import preparation
+from asl.images.settings import AugmentSettings
 from asl.losses import ASLSingleLabel, AsymmetricLoss, AsymmetricLossOptimized, PartialSelectiveLoss
 from asl.models.build import create_model, normalization, place
 from asl.models.inference import for_inference
@@ -165,6 +167,20 @@ def test_preparation(policy, amp, stage):
             images = prepare(batch(draw(policy, 0, 0, range(BATCH))))
         assert images.device == CUDA
         assert images.dtype == (PRECISIONS[amp] or torch.float32)
+        must_be_channels_last(images)
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+@pytest.mark.parametrize("amp", PRECISIONS)
+def test_mixing(kind, amp, stage):
+    mix = mixing(AugmentSettings(**{kind: 1.0}), seed=0)
+    with stage.on():
+        prepare = preparation((0.5,) * 3, (0.5,) * 3, CUDA, PRECISIONS[amp])
+        with stage.watched():
+            images, targets, _ = batch()
+            images = prepare(Batch(images, targets))
+            soft = mix(images, targets.to(CUDA, non_blocking=True), 0, 0)
+        assert (soft.device, soft.dtype, soft.shape) == (CUDA, torch.float32, targets.shape)
         must_be_channels_last(images)
 
 
