@@ -320,9 +320,14 @@ def test_scores_of_a_model_of_one_label_are_a_softmax(
     settings, measuring, labelling, small_shapes, one_label, tmp_path
 ):
     run = fit(settings("", tmp_path, loss="asl_single", lr=3e-3, **one_label))
-    measured = evaluate(measuring("", run / "best.pt", top_k=1, **one_label))
+    measured = evaluate(measuring("", run / "best.pt", threshold=0, top_k=1, **one_label))
     best = max(row[f"mAP_{kind}"] for row in rows_of(run) for kind in ("ema", "regular"))
     assert measured["mAP"] == pytest.approx(best, abs=1e-3)
-    first = read("coco", small_shapes, "val2014").path(0)
-    [labels] = predict(labelling(first, run / "best.pt", top_k=24))
-    assert sum(label["score"] for label in labels["labels"]) == pytest.approx(1, abs=2e-3)
+
+    found = predict(labelling(small_shapes / "val2014", run / "best.pt", top_k=24))
+    for image in found:
+        assert sum(label["score"] for label in image["labels"]) == pytest.approx(1, abs=2e-3)
+    with Path(one_label["data"]).open() as file:
+        truth = {row["path"]: row["labels"] for row in csv.DictReader(file)}
+    right = [image["labels"][0]["name"] == truth[str(image["file"])] for image in found]
+    assert measured["at_top_k"]["OP"] == pytest.approx(100 * np.mean(right))
