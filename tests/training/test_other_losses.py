@@ -260,6 +260,15 @@ def one_label(small_shapes, tmp_path_factory):
     return {"data": str(root / "labels.csv"), "dataset": "table", "image_folder": str(small_shapes)}
 
 
+def test_db_takes_a_training_set_of_one_image(settings, one_label, tmp_path):
+    header, first, *others = Path(one_label["data"]).read_text().splitlines()
+    validated = [line for line in others if ",val," in line]
+    (tmp_path / "labels.csv").write_text("\n".join([header, first, *validated]))
+    data = {**one_label, "data": str(tmp_path / "labels.csv")}
+    [row] = rows_of(fit(settings("", tmp_path / "run", loss="db", epochs=1, **data)))
+    assert row["loss"] > 0
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_a_run_learns(name, settings, small_shapes, one_label, tmp_path):
     data = one_label if name == "asl_single" else {}
