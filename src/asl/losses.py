@@ -294,10 +294,8 @@ class ASLSingleLabel(nn.Module):
 class PartialSelectiveLoss(nn.Module):
     """Class-aware Selective Loss: targets are 1 present, 0 absent, -1 not annotated (2110.10955).
 
-    What is annotated may be soft, as in `asymmetric_loss`: mixed images have such targets.
-
-    A cell that is not annotated is scored as a negative, with a gamma and an alpha of its own; the
-    focusing weight never has a gradient. ``mode`` says which of these cells count:
+    What is annotated may be soft. A cell that is not is scored as a negative, with a gamma and an
+    alpha of its own; the focusing weight never has a gradient. ``mode`` says which of these count:
 
     - "negative": all of them.
     - "ignore": none.
@@ -417,21 +415,21 @@ def check_targets(targets: Tensor, partial: bool = False) -> None:
     _check_range(targets, -1 if partial else 0, 1)
 
 
-def _check_range(targets: Tensor, low: int, high: int) -> None:
-    if bool(_inside(targets, low, high)):
+def _check_range(targets: Tensor, low: int, high: int, hard: bool = False) -> None:
+    if bool(_inside(targets, low, high, hard)):
         return
     values = targets.double().flatten()
     outside = ~((values >= low) & (values <= high))
     if low == -1:
-        outside |= (values < 0) & (values > -1)
+        outside |= (values != values.round()) & ((values < 0) | hard)
     value, count = values[outside][0].item(), int(outside.sum())
-    allowed = "in [0, 1] or -1" if low == -1 else f"in [{low}, {high}]"
+    allowed = "exactly 1, 0 or -1" if hard else f"in [0, {high}]" + " or -1" * (low == -1)
     advice = "; for -1, not annotated, use PartialSelectiveLoss" if (low, value) == (0, -1) else ""
     raise ValueError(f"targets must be {allowed}, got {value:g} ({count} such cells){advice}")
 
 
-def _inside(targets: Tensor, low: int, high: int) -> Tensor:
-    """Scalar bool: is every target in range. NaN is not."""
+def _inside(targets: Tensor, low: int, high: int, hard: bool = False) -> Tensor:
+    """Scalar bool: is every target in range, and a whole number if ``hard``. NaN is not."""
     if targets.numel() == 0:
         return torch.ones((), dtype=torch.bool, device=targets.device)
     smallest, largest = targets.aminmax()
@@ -439,18 +437,20 @@ def _inside(targets: Tensor, low: int, high: int) -> Tensor:
         return largest <= high
     inside = (smallest >= low) & (largest <= high)
     if low == -1 and targets.is_floating_point():  # partial targets: nothing between -1 and 0
-        inside = inside & ((targets >= 0) | (targets == -1)).all()
+        inside = inside & ((targets.frac() == 0) | ((targets > 0) & (not hard))).all()
     return inside
 
 
-def _or_nan(number: float, targets: Tensor, low: int = 0, high: int = 1) -> Tensor | float:
+def _or_nan(
+    number: float, targets: Tensor, low: int = 0, high: int = 1, hard: bool = False
+) -> Tensor | float:
     """The number; NaN where a target is out of range, on the CPU an error (module docstring)."""
     if targets.dtype == torch.bool:
         return number
     if _free_to_read(targets):
-        _check_range(targets, low, high)
+        _check_range(targets, low, high, hard)
         return number
-    return torch.where(_inside(targets, low, high), number, torch.nan)
+    return torch.where(_inside(targets, low, high, hard), number, torch.nan)
 
 
 def _free_to_read(targets: Tensor) -> bool:

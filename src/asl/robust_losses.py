@@ -51,7 +51,7 @@ def hill_loss(
     """
     _check_options(reduction, lamb=lamb, margin=margin, gamma=gamma)
     logits = _check_logits(logits, targets)
-    one = _or_nan(1.0, targets, -1, 1)
+    one = _or_nan(1.0, targets, -1, 1, hard=True)
     present, p = targets == 1, logits.sigmoid()
     positives = _focal_loss(logits - margin, present, gamma)
     loss = torch.where(present, positives, (lamb - p) * p**2)
@@ -91,7 +91,7 @@ def splc_loss(
     """
     _check_options(reduction, tau=tau, margin=margin, gamma=gamma)
     logits = _check_logits(logits, targets)
-    one = _or_nan(1.0, targets, -1, 1)
+    one = _or_nan(1.0, targets, -1, 1, hard=True)
     present = targets == 1
     logits = torch.where(present, logits - margin, logits)
     if epoch >= change_epoch:

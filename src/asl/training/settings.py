@@ -30,6 +30,7 @@ _TAKEN_BY = {
 }
 # "poly", "zlpr", "db" and "twoway" by the names that timm gives them.
 Loss = Literal["asl", "focal", "bce", "asl_single", "poly", "zlpr", "db", "twoway", "hill", "splc"]
+SOFT = ("asl", "focal", "bce")  # losses that take soft labels
 ESTIMATE = "estimate"  # `prior_path` where the prior is to be estimated first
 
 
@@ -197,6 +198,10 @@ class TrainConfig(Config):
     def _check(self) -> Self:
         if self.model.pretrained and self.model.model_path:
             raise UsageError("model_path and pretrained both name weights to start from: drop one")
+        if (self.augment.mixup or self.augment.cutmix) and self.loss.loss not in SOFT:
+            raise UsageError(
+                f"loss {self.loss.loss} takes no soft labels, and mixup and cutmix make such"
+            )
         if self.loss.loss == "twoway" and self.step.accumulate > 1:
             raise UsageError(
                 "loss twoway compares the images of a batch: several batches do not add up to a "
