@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "asl"
-GROUND = {"losses", "losses_cpu", "metrics", "config", "errors", "atomic", "distributed"}
+GROUND = {
+    "losses",
+    "losses_cpu",
+    "robust_losses",
+    "metrics",
+    "config",
+    "errors",
+    "atomic",
+    "distributed",
+}
 # A wing knows those of lower floors and nothing above. Scripts know all.
 FLOORS = {"data": 1, "images": 2, "models": 2, "evaluation": 3, "training": 4}
 SCRIPTS = {"report", "data.__main__"}
@@ -114,6 +123,7 @@ def test_importing_asl_loads_nothing_heavy():
 
 def test_importing_the_losses_loads_torch_and_nothing_else_that_is_heavy():
     assert loaded_after("from asl import AsymmetricLoss", "numpy.testing", *HEAVY) == []
+    assert loaded_after("from asl.robust_losses import SPLC", "numpy.testing", *HEAVY) == []
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_dashes_underscores_and_official_names_mean_the_same():
         ("lr: 1\nlr: 2", 'duplicate key "lr"'),
         ("stop-epoch: 1\nstop_epoch: 2", "stop_epoch stands there twice"),
         ("lr: fast", "lr is 'fast', but must be a valid number"),
-        ("loss: asll", "loss is 'asll', but must be 'asl', 'focal' or 'bce'"),
+        ("loss: asll", "loss is 'asll', but must be 'asl', 'focal', 'bce', "),
         ("image_size: 2.5", "image_size is 2.5, but must be a valid integer"),
         ("image_size: 7", "image_size is 7, but must be greater than or equal to 8"),
         ("threshold: 1.01", "must be less than or equal to 1"),

@@ -361,12 +361,12 @@ def test_targets_out_of_range_are_counted_over_all_chunks(loss, monkeypatch):
         loss()(logits, targets)
 
 
-@pytest.mark.parametrize("bad", [2, 0.5, -0.5, math.nan])
-def test_a_partial_target_other_than_three_values_is_named(bad):
+@pytest.mark.parametrize("bad", [2, -0.5, -2, math.nan])
+def test_a_partial_target_that_is_neither_in_range_nor_minus_one_is_named(bad):
     logits, targets = batch("partial")
     check_targets(targets, partial=True)
     targets[3, 4] = bad
-    with pytest.raises(ValueError, match=f"exactly 1, 0 or -1, got {bad:g}"):
+    with pytest.raises(ValueError, match=rf"in \[0, 1\] or -1, got {bad:g}"):
         PartialSelectiveLoss()(logits, targets)
     with pytest.raises(ValueError, match=f"got {bad:g}"):
         check_targets(targets, partial=True)
@@ -378,7 +378,7 @@ def test_a_partial_target_other_than_three_values_is_named(bad):
         (AsymmetricLoss(), batch("hard")[1], 2),
         (AsymmetricLossOptimized(), batch("soft")[1], math.nan),
         (AsymmetricLossOptimized(), batch("hard")[1].long(), -1),
-        (PartialSelectiveLoss(), batch("partial")[1], 0.5),
+        (PartialSelectiveLoss(), batch("partial")[1], -0.5),
         (ASLSingleLabel(), torch.arange(16), 37),
     ],
     ids=lambda value: type(value).__name__,
@@ -740,3 +740,17 @@ def test_works_when_the_file_is_copied_alone(tmp_path):
     torch.testing.assert_close(partial[0], PartialSelectiveLoss()(*batch("partial")))
     indices = torch.tensor([0, 2])
     torch.testing.assert_close(single[0], ASLSingleLabel()(torch.zeros(2, 3), indices))
+
+
+def test_soft_targets_beside_cells_that_are_not_annotated():
+    logits, soft = batch("soft")
+    unannotated = batch("partial")[1] == -1
+    targets = soft.masked_fill(unannotated, -1)
+    cells = asymmetric_loss(logits, soft, 1, 0, 0, reduction="none", eps=0.0)
+    ignoring = PartialSelectiveLoss("ignore", gamma_pos=0, gamma_neg=1, reduction="none")
+    torch.testing.assert_close(ignoring(logits, targets), cells.masked_fill(unannotated, 0))
+    negative = PartialSelectiveLoss("negative", 0, 1, 1, reduction="none")
+    as_negative = asymmetric_loss(
+        logits, soft.masked_fill(unannotated, 0), 1, 0, 0, reduction="none", eps=0.0
+    )
+    torch.testing.assert_close(negative(logits, targets), as_negative)

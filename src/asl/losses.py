@@ -294,8 +294,8 @@ class ASLSingleLabel(nn.Module):
 class PartialSelectiveLoss(nn.Module):
     """Class-aware Selective Loss: targets are 1 present, 0 absent, -1 not annotated (2110.10955).
 
-    A cell that is not annotated is scored as a negative, with a gamma and an alpha of its own; the
-    focusing weight never has a gradient. ``mode`` says which of these cells count:
+    What is annotated may be soft. A cell that is not is scored as a negative, with a gamma and an
+    alpha of its own; the focusing weight never has a gradient. ``mode`` says which of these count:
 
     - "negative": all of them.
     - "ignore": none.
@@ -362,7 +362,7 @@ class PartialSelectiveLoss(nn.Module):
         self.register_buffer("prior", None if prior is None else prior.detach().clone())
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Loss of (N, C) logits and targets 1, 0 or -1; others raise ValueError on the CPU."""
+        """Loss of (N, C) logits and targets in [0, 1] or -1; others raise ValueError on the CPU."""
         logits = _check_logits(logits, targets)
         if self.prior is not None and self.prior.shape != logits.shape[-1:]:
             raise ValueError(
@@ -370,7 +370,7 @@ class PartialSelectiveLoss(nn.Module):
             )
         one = _or_nan(1.0, targets, -1, 1)
         unannotated = targets == -1
-        y_pos, y_unann = (targets == 1).to(logits.dtype), unannotated.to(logits.dtype)
+        y_pos, y_unann = targets.to(logits.dtype).clamp(min=0), unannotated.to(logits.dtype)
         y_neg = 1 - y_pos - y_unann
         gamma = self.gamma_pos * y_pos + self.gamma_neg * y_neg + self.gamma_unann * y_unann
         alpha = self.alpha_pos * y_pos + self.alpha_neg * y_neg + self.alpha_unann * y_unann
@@ -408,47 +408,49 @@ def _most_likely(logits: Tensor, unannotated: Tensor, count: int) -> Tensor:
 
 
 def check_targets(targets: Tensor, partial: bool = False) -> None:
-    """Raise ValueError naming the first target not in [0, 1], or if ``partial`` not 1, 0 or -1.
+    """Raise ValueError naming the first target not in [0, 1], nor -1 if ``partial``.
 
     Reads the values, so it waits for the device. The losses call it themselves on the CPU.
     """
     _check_range(targets, -1 if partial else 0, 1)
 
 
-def _check_range(targets: Tensor, low: int, high: int) -> None:
-    if bool(_inside(targets, low, high)):
+def _check_range(targets: Tensor, low: int, high: int, hard: bool = False) -> None:
+    if bool(_inside(targets, low, high, hard)):
         return
     values = targets.double().flatten()
     outside = ~((values >= low) & (values <= high))
     if low == -1:
-        outside |= values != values.round()
+        outside |= (values != values.round()) & ((values < 0) | hard)
     value, count = values[outside][0].item(), int(outside.sum())
-    allowed = "exactly 1, 0 or -1" if low == -1 else f"in [{low}, {high}]"
+    allowed = "exactly 1, 0 or -1" if hard else f"in [0, {high}]" + " or -1" * (low == -1)
     advice = "; for -1, not annotated, use PartialSelectiveLoss" if (low, value) == (0, -1) else ""
     raise ValueError(f"targets must be {allowed}, got {value:g} ({count} such cells){advice}")
 
 
-def _inside(targets: Tensor, low: int, high: int) -> Tensor:
-    """Scalar bool: is every target in range. NaN is not."""
+def _inside(targets: Tensor, low: int, high: int, hard: bool = False) -> Tensor:
+    """Scalar bool: is every target in range, and a whole number if ``hard``. NaN is not."""
     if targets.numel() == 0:
         return torch.ones((), dtype=torch.bool, device=targets.device)
     smallest, largest = targets.aminmax()
     if not targets.dtype.is_signed:  # as an unsigned number, -1 would be the largest of all
         return largest <= high
     inside = (smallest >= low) & (largest <= high)
-    if low == -1 and targets.is_floating_point():  # partial targets: whole numbers
-        inside = inside & (targets == targets.round()).all()
+    if low == -1 and targets.is_floating_point():  # partial targets: nothing between -1 and 0
+        inside = inside & ((targets.frac() == 0) | ((targets > 0) & (not hard))).all()
     return inside
 
 
-def _or_nan(number: float, targets: Tensor, low: int = 0, high: int = 1) -> Tensor | float:
+def _or_nan(
+    number: float, targets: Tensor, low: int = 0, high: int = 1, hard: bool = False
+) -> Tensor | float:
     """The number; NaN where a target is out of range, on the CPU an error (module docstring)."""
     if targets.dtype == torch.bool:
         return number
     if _free_to_read(targets):
-        _check_range(targets, low, high)
+        _check_range(targets, low, high, hard)
         return number
-    return torch.where(_inside(targets, low, high), number, torch.nan)
+    return torch.where(_inside(targets, low, high, hard), number, torch.nan)
 
 
 def _free_to_read(targets: Tensor) -> bool:

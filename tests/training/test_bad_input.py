@@ -41,6 +41,11 @@ OPTIONS = {
         2,
         "prior_path has a meaning",
     ),
+    "mixed labels for a loss without": (
+        "train coco --loss hill --mixup 0.2",
+        2,
+        "loss hill takes no soft labels",
+    ),
     "statistics of all processes on a CPU": ("train coco --sync-bn", 2, "sync_bn needs GPUs"),
     "two sources of weights": (
         "train coco --pretrained --model-path model.pt",

@@ -235,6 +235,8 @@ def test_a_step_that_runs_out_of_memory_says_what_to_lower(
     assert f"{grown.memory.of_gpu / GB:.1f} GB are needed" in said
     assert f"--batch-size to {fitting}, with --accumulate 2 for" in said
     assert "or take --checkpoint-activations (1.0 GB)" in said
+    with pytest.raises(TrainingError, match=f"--batch-size to {fitting}, or take"):
+        fit(config.with_settings(loss="twoway", output=str(tmp_path / "undivided")))
 
 
 def test_a_validation_that_runs_out_of_memory_is_explained_too(

@@ -171,3 +171,17 @@ def test_difficult_objects_that_are_ignored_are_cells_that_are_not_annotated(par
     voc = {"dataset": "voc", "train_difficult": "ignore", "model_name": "test_vit"}
     [row] = rows_of(fit(partial(tmp_path, tmp_path / "run", batch_size=3, **voc)))
     assert row["loss"] > 0
+
+
+def test_mixed_images_of_a_partial_set_have_soft_targets_and_unannotated_cells(
+    partial, small_shapes, tmp_path, monkeypatch
+):
+    half = {"simulate_partial": "rps:0.5", "unannotated": "selective"}
+    plain = steps_of(partial(small_shapes, tmp_path / "plain", **half), monkeypatch)
+    config = partial(small_shapes, tmp_path / "mixed", mixup=1.0, **half)
+    mixed = steps_of(config, monkeypatch)
+    [row] = rows_of(tmp_path / "mixed")
+    assert row["loss"] > 0
+    assert ((mixed > 0) & (mixed < 1)).float().mean() > 0.01
+    known = [(targets != -1).float().mean().item() for targets in (plain, mixed)]
+    assert known[1] == pytest.approx(known[0] ** 2, abs=0.03)  # annotated in both of a pair

@@ -25,10 +25,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from asl.evaluation.score import score
 from asl.images.augment import OPERATIONS, Transform, apply_batch, draw
 from asl.images.loader import Batch
+from asl.images.mix import mixing
 from asl.images.prepare import preparation
+from asl.images.settings import AugmentSettings
 from asl.losses import ASLSingleLabel, AsymmetricLoss, AsymmetricLossOptimized, PartialSelectiveLoss
 from asl.models.build import create_model, normalization, place
 from asl.models.inference import for_inference
+from asl.robust_losses import SPLC, Hill
 from asl.training.loss import create_loss
 from asl.training.rehearsal import Rehearsal
 from asl.training.settings import LossSettings, StepSettings
@@ -168,7 +171,30 @@ def test_preparation(policy, amp, stage):
         must_be_channels_last(images)
 
 
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+@pytest.mark.parametrize("amp", PRECISIONS)
+def test_mixing(kind, amp, stage):
+    mix = mixing(AugmentSettings(**{kind: 1.0}), seed=0)
+    with stage.on():
+        prepare = preparation((0.5,) * 3, (0.5,) * 3, CUDA, PRECISIONS[amp])
+        with stage.watched():
+            images, targets, _ = batch()
+            images = prepare(Batch(images, targets))
+            soft = mix(images, targets.to(CUDA, non_blocking=True), 0, 0)
+        assert (soft.device, soft.dtype, soft.shape) == (CUDA, torch.float32, targets.shape)
+        must_be_channels_last(images)
+
+
 SELECTIVE = {"mode": "selective", "prior": torch.linspace(0, 1, CLASSES), "prior_threshold": 0.5}
+
+
+class LateSPLC(SPLC):
+    """It takes negatives for positives."""
+
+    def forward(self, logits, targets):
+        return super().forward(logits, targets, epoch=1)
+
+
 LOSSES = {
     "AsymmetricLoss": AsymmetricLoss(),
     "AsymmetricLoss with a gradient of the weights": AsymmetricLoss(
@@ -182,6 +208,8 @@ LOSSES = {
     "PartialSelectiveLoss, negative": PartialSelectiveLoss("negative"),
     "PartialSelectiveLoss, ignore": PartialSelectiveLoss("ignore"),
     "PartialSelectiveLoss, normalised": PartialSelectiveLoss("ignore_normalize_classes"),
+    "Hill": Hill(),
+    "SPLC": LateSPLC(),
 }
 
 
@@ -229,6 +257,13 @@ def partial_loss(prior=None, **settings):
     return create_loss(LossSettings(**settings), partial=True, prior=prior)
 
 
+OF_OTHERS = ("poly", "zlpr", "db", "twoway", "hill", "splc", "asl_single")
+
+
+def other_loss(name):
+    return create_loss(LossSettings(loss=name), False, None, range(CLASSES), 100)
+
+
 STEPS = {
     "ASL": {},
     "focal loss": {"loss": create_loss(LossSettings(loss="focal"))},
@@ -237,6 +272,11 @@ STEPS = {
     "CSL, negative": {"loss": partial_loss(unannotated="negative")},
     "CSL, selective": {
         "loss": partial_loss(unannotated="selective", prior=torch.linspace(0, 1, CLASSES))
+    },
+    **{name: {"loss": other_loss(name)} for name in OF_OTHERS},
+    **{
+        f"{name} behind a loss scale": {"loss": other_loss(name), "amp": "fp16"}
+        for name in OF_OTHERS
     },
     "adaptive asymmetry": {"loss": create_loss(LossSettings(adaptive_gamma=0.2))},
     "adaptive CSL": {"loss": partial_loss(unannotated="selective", adaptive_gamma=0.2)},
@@ -281,7 +321,7 @@ def test_model(name, amp, stage):
     assert len(validated(training, stage, amp)) == 2
 
 
-def validated(training, stage, amp):
+def validated(training, stage, amp, **options):
     """The scores that the averaged and the regular weights give, as at the end of an epoch."""
     with stage.on():
         models = [training.ema.module, training.model]
@@ -289,7 +329,7 @@ def validated(training, stage, amp):
         prepare = preparation(*normalization(models[0]), CUDA, PRECISIONS[amp])
         batches = [batch() for _ in range(3)]
         with stage.watched():
-            return score(folded, batches, prepare, PRECISIONS[amp])
+            return score(folded, batches, prepare, PRECISIONS[amp], **options)
 
 
 @pytest.mark.parametrize("amp", PRECISIONS)
@@ -297,6 +337,11 @@ def test_validation(amp, stage):
     for scores in validated(trained(stage, steps=1), stage, amp):
         assert (scores.shape, scores.dtype) == ((3 * BATCH, CLASSES), torch.float32)
         assert scores.device.type == "cpu"
+
+
+def test_validation_of_a_model_of_one_label(stage):
+    for scores in validated(trained(stage, steps=1), stage, "off", one_label=True):
+        assert scores.shape == (3 * BATCH, CLASSES)
 
 
 @pytest.mark.cuda

@@ -35,6 +35,7 @@ STEPS = 5  # of an epoch of `settings`
 # A model with dropout, and whatever else has a state of its own.
 EVERYTHING = {
     "model_name": "ghostnet_050",
+    **{"mixup": 0.5, "cutmix": 1.0, "mixup_prob": 0.8},
     "adaptive_gamma": 0.3,
     "running_prior": True,
     "ema_warmup": True,

@@ -117,6 +117,15 @@ class Annotations:
             stored += len(self) - np.bincount(self.indices, minlength=self.num_classes)
         return stored
 
+    def estimated_counts(self) -> npt.NDArray[np.float64]:
+        """In how many images each class is, if it is as frequent where it is not annotated: (C,).
+
+        0 for a class without any annotation.
+        """
+        present = self.counts(PRESENT)
+        share: npt.NDArray[np.float64] = present / np.maximum(present + self.counts(ABSENT), 1)
+        return len(self) * share
+
     def subset(self, rows: npt.ArrayLike) -> "Annotations":
         """The given rows (numbers or a mask), in that order, as `Annotations` of their own."""
         rows = np.asarray(rows)

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from asl.data.annotations import Annotations, without_missing
+from asl.data.annotations import PRESENT, UNANNOTATED, Annotations, without_missing
 from asl.data.cache import cache_folder
 from asl.data.classes import match_classes
 from asl.data.partial import simulate
@@ -94,6 +94,27 @@ def check_apart(settings: DataSettings, train: Annotations, val: Annotations) ->
         raise DataError(
             f"{len(shared):,} of {len(val):,} validation images are training images too, the first "
             f"is {val.path(shared[0])}: choose splits without common images"
+        )
+
+
+def check_one_label(annotations: Annotations) -> None:
+    """Check that every image has exactly one label, and that the other classes are absent.
+
+    Raises `DataError` that counts the other images and names the first.
+    """
+    if annotations.counts(UNANNOTATED).any():
+        raise DataError(
+            "loss asl_single takes exactly one label an image, and all other classes as absent: it "
+            "cannot leave out cells that are not annotated"
+        )
+    stored = np.repeat(np.arange(len(annotations)), np.diff(annotations.indptr))
+    labels = np.bincount(stored[annotations.values == PRESENT], minlength=len(annotations))
+    wrong = np.flatnonzero(labels != 1)
+    if len(wrong):
+        raise DataError(
+            f"loss asl_single takes exactly one label an image: {len(wrong):,} of "
+            f"{len(annotations):,} have another number, the first is {annotations.path(wrong[0])} "
+            f"with {labels[wrong[0]]}"
         )
 
 

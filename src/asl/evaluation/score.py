@@ -11,6 +11,7 @@ from tqdm import tqdm
 from asl.data.annotations import Annotations
 from asl.distributed import gather_dealt, precision, rank
 from asl.errors import UsageError
+from asl.evaluation.settings import trained_with
 from asl.images.loader import Batch, Batches
 from asl.images.prepare import preparation
 from asl.images.settings import ImageSettings
@@ -29,11 +30,13 @@ def score(
     prepare: Callable[[Batch], Tensor],
     computed_in: torch.dtype | None = None,
     kept_as: torch.dtype = torch.float32,
+    one_label: bool = False,
 ) -> list[Tensor]:
     """The scores that each of several models gives, in one pass over the batches.
 
-    One (N, C) tensor of type `kept_as` per model, on the host, values in [0, 1]. With `computed_in`
-    the forward passes run in that precision.
+    One (N, C) tensor of type `kept_as` per model, on the host, values in [0, 1]: the sigmoid of the
+    logits, or for models of images with `one_label` each their softmax. With `computed_in` the
+    forward passes run in that precision.
     """
     models = [model.eval() for model in models]
     tables = [_Table() for _ in models]
@@ -42,7 +45,8 @@ def score(
         with torch.autocast(images.device.type, computed_in, enabled=computed_in is not None):
             logits = [model(images)[: len(batch.targets)] for model in models]
         for table, each in zip(tables, logits, strict=True):
-            table.add(each.float().sigmoid().to(kept_as))
+            each = each.float()
+            table.add((each.softmax(dim=1) if one_label else each.sigmoid()).to(kept_as))
     return [table.rows() for table in tables]
 
 
@@ -84,6 +88,7 @@ def score_data_set(
     amp: str,
     title: str,
     watched: Callable[[Iterable[Batch]], Iterable[Batch]] = iter,
+    one_label: bool = False,
 ) -> list[Tensor | None]:
     """What `score` returns for all batches, of all ranks, on rank 0; None on the others.
 
@@ -97,6 +102,7 @@ def score_data_set(
         preparation(*normalization(models[0]), device, computed_in),
         computed_in,
         torch.float16 if images * classes > HALF_ABOVE else torch.float32,
+        one_label,
     )
     return [gather_dealt(table, batches.batch_size_per_rank, images) for table in tables]
 
@@ -117,7 +123,10 @@ def progress(batches: Batches, epoch: int, title: str, start: int = 0) -> "tqdm[
 
 @dataclass(frozen=True)
 class Scorer:
-    """A trained model on its device, for `classes`; which set of `weights` it has."""
+    """A trained model on its device, for `classes`; which set of `weights` it has.
+
+    With `one_label` it was trained by `--loss asl_single`, and its scores are a softmax.
+    """
 
     model: nn.Module
     classes: tuple[str, ...]
@@ -126,6 +135,7 @@ class Scorer:
     images: ImageSettings
     device: torch.device
     amp: str
+    one_label: bool = False
 
     @classmethod
     def load(
@@ -145,6 +155,7 @@ class Scorer:
             images,
             device,
             compute.amp,
+            one_label=trained_with(settings.model_path).get("loss") == "asl_single",
         )
 
     def scores(self, annotations: Annotations, title: str) -> Tensor | None:
@@ -155,7 +166,9 @@ class Scorer:
         """
         batches = Batches(annotations, self.images, device=self.device)
         try:
-            [scores] = score_data_set([self.model], batches, self.device, self.amp, title)
+            [scores] = score_data_set(
+                [self.model], batches, self.device, self.amp, title, one_label=self.one_label
+            )
         except torch.OutOfMemoryError:
             raise UsageError(
                 f"{self.device} is out of memory with {batches.batch_size_per_rank} images: "

@@ -37,5 +37,11 @@ class AugmentSettings(Settings):
     """Cutout and RandAugment as in the paper, a horizontal flip, or nothing"""
     augment_on: Literal["auto", "workers", "device"] = "auto"
     """where that is done; auto: on a CUDA GPU if there is one, else in the workers"""
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    """mix images and labels in pairs: alpha of the beta distribution of their shares; 0: do not"""
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    """the same with a rectangle of the other image; with both, each batch draws one of them"""
+    mixup_prob: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """share of the batches that are mixed"""
     bad_images: BadImages = "error"
     """training images that cannot be read: stop, or take another in their place, up to 1 %"""

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
+from itertools import count
 from pathlib import Path
 from statistics import mean
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from timm.layers.norm_act import convert_sync_batchnorm
 from asl.config import RESUME_LAST
 from asl.data.annotations import UNANNOTATED, Annotations
 from asl.data.prior import read_prior
-from asl.data.splits import check_apart, read_split
+from asl.data.splits import check_apart, check_one_label, read_split
 from asl.distributed import (
     broadcast_buffers,
     from_rank_0,
@@ -27,6 +28,7 @@ from asl.evaluation.evaluate import epoch_figures, estimate_prior
 from asl.evaluation.pictures import curves
 from asl.evaluation.score import Scorer, progress, score_data_set
 from asl.images.loader import Batches
+from asl.images.mix import mixing
 from asl.images.prepare import augments_on_device, preparation
 from asl.models.build import check_size, normalization, place
 from asl.models.inference import for_inference
@@ -93,8 +95,13 @@ def train_epoch(training: Training, batches: Batches, run: Run, interrupts: Inte
     title = f"epoch {training.epoch + 1}/{config.last_epoch}"
     bar = progress(batches, training.epoch, title, start=training.batches)
     steps = traced(bar, run.folder) if run.traces(training.epoch) else bar
+    mix = mixing(config.augment, config.step.seed)
+    batches_seen = count(training.batches)
     for batch in interrupts.until_stopped(steps, lambda: training.between_steps):
-        training.step(prepare(batch), batch.targets.to(device, non_blocking=True))
+        images, targets = prepare(batch), batch.targets.to(device, non_blocking=True)
+        if mix is not None:
+            targets = mix(images, targets, training.epoch, next(batches_seen))
+        training.step(images, targets)
         pace.add(len(batch.targets) * world_size())
         if not training.between_steps:
             continue
@@ -159,7 +166,8 @@ def validate(training: Training, batches: Batches, run: Run, interrupts: Interru
         broadcast_buffers(model)
     folded = [for_inference(deepcopy(model)) for model in models.values()]
     amp, watched = run.config.compute.amp, interrupts.until_stopped
-    tables = score_data_set(folded, batches, training.device, amp, "validation", watched)
+    one_label = run.config.loss.loss == "asl_single"
+    tables = score_data_set(folded, batches, training.device, amp, "validation", watched, one_label)
     scores = dict(zip(models, tables, strict=True))
     row: Row = {**epoch_figures(scores, batches.annotations, run.config.evaluation.threshold)}
     return row | {"seconds_validation": round(time.perf_counter() - started, 2)}
@@ -173,6 +181,8 @@ def read_splits(
     _choose_algorithms(config.run.deterministic)
     train_set = read_split(config.data, "train", config.labels, write_cache=write_cache)
     _check_classes(config.model.num_classes, train_set)
+    if config.loss.loss == "asl_single":
+        check_one_label(train_set)
     val_set = read_split(config.data, "val", classes=train_set.classes, write_cache=write_cache)
     check_apart(config.data, train_set, val_set)
     return train_set, val_set
@@ -210,9 +220,10 @@ def new_training(
     partial = bool(train_set.counts(UNANNOTATED).any())
     path = config.loss.prior_path
     prior = read_prior(path, train_set.classes) if path else None
+    counted = train_set.estimated_counts().tolist(), max(2, len(train_set))  # 2 is timm's smallest
     return Training(
         model,
-        create_loss(config.loss, partial, prior),
+        create_loss(config.loss, partial, prior, *counted),
         config.step,
         batches_per_epoch=batches_per_epoch,
         device=device,
@@ -249,6 +260,11 @@ def _check_processes(config: TrainConfig, device: torch.device) -> None:
     if config.images.batch_size < world_size():
         raise UsageError(
             f"batch_size is {config.images.batch_size}, but there are {world_size()} ranks"
+        )
+    if config.loss.loss == "twoway" and world_size() > 1:
+        raise UsageError(
+            "loss twoway compares the images of a batch, and of several processes each would see "
+            "its own part: train with one process"
         )
     if config.step.sync_bn and device.type != "cuda":
         raise UsageError(f"sync_bn needs GPUs, and the device is {device.type}")

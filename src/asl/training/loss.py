@@ -1,20 +1,55 @@
 """The training loss that the settings ask for."""
 
+from collections.abc import Sequence
+
+from timm.loss.distribution_balanced_loss import DistributionBalancedLoss
+from timm.loss.poly_loss import PolyBinaryCrossEntropy
+from timm.loss.zlpr_loss import ZlprLoss
 from torch import Tensor, nn
 
 from asl.losses import AsymmetricLoss, AsymmetricLossOptimized, PartialSelectiveLoss
+from asl.robust_losses import SPLC, Hill
 from asl.training.adaptive import AdaptiveAsymmetry
+from asl.training.other_losses import OfTimm, OneLabelLoss, TwoWayLoss
 from asl.training.settings import LossSettings
 
 
 def create_loss(
-    settings: LossSettings, partial: bool = False, prior: Tensor | None = None
+    settings: LossSettings,
+    partial: bool = False,
+    prior: Tensor | None = None,
+    class_counts: Sequence[float] = (),
+    num_samples: int = 0,
 ) -> nn.Module:
     """The loss for targets in {1, 0}, or in {1, 0, -1} where the training set is `partial`.
 
-    `prior` is that of CSL, (C,) in [0, 1]. Focusing weights are detached: the official training
-    scripts' choice.
+    `prior` is that of CSL, (C,) in [0, 1]. The distribution-balanced loss alone needs to know in
+    how many of `num_samples` images each class is. Focusing weights of ASL are detached: the
+    official training scripts' choice.
+
+    All are called with (logits, targets), but `SPLC`, which takes the epoch too.
     """
+    match settings.loss:
+        case "asl_single":
+            gamma_neg, gamma_pos, _ = settings.asymmetry
+            return OneLabelLoss(gamma_pos, gamma_neg)
+        case "poly":
+            return OfTimm(PolyBinaryCrossEntropy(settings.poly_epsilon, reduction="sum"))
+        case "zlpr":
+            return OfTimm(ZlprLoss(), averages=True)
+        case "db":
+            counted = class_counts, num_samples
+            return OfTimm(DistributionBalancedLoss(*counted, reduction="sum"))
+        case "twoway":
+            return TwoWayLoss()
+        case "hill":
+            return Hill(settings.hill_lamb, settings.logit_margin)
+        case "splc":
+            return SPLC(settings.splc_tau, margin=settings.logit_margin)
+    return _asymmetric(settings, partial, prior)
+
+
+def _asymmetric(settings: LossSettings, partial: bool, prior: Tensor | None) -> nn.Module:
     gamma_neg, gamma_pos, clip = settings.asymmetry
     loss: AsymmetricLoss | PartialSelectiveLoss
     if partial:

@@ -181,8 +181,10 @@ def _advice(config: TrainConfig, training: Training, batch_size: int, size: int)
         return text + "That should fit: does something else use the device? Or lower --batch-size"
     text += "Lower --batch-size"
     if fitting:
+        text += f" to {fitting * world_size()}"
         times = -(-config.step.accumulate * batch_size // fitting)
-        text += f" to {fitting * world_size()}, with --accumulate {times} for steps as large"
+        if config.loss.loss != "twoway":  # which takes no other batches into its steps
+            text += f", with --accumulate {times} for steps as large"
     if not config.step.checkpoint_activations:
         with suppress(UsageError):  # of a model that cannot do that
             less = config.with_settings(checkpoint_activations=True, compile=False)

@@ -15,19 +15,34 @@ from asl.models.settings import DeviceSettings, NewModelSettings
 
 # gamma_neg, gamma_pos, clip: the official training script's ASL; focal loss and cross-entropy are
 # the same formula with equal gammas and without margin (ASL paper, section 2.2).
-_ASYMMETRY = {"asl": (4.0, 0.0, 0.05), "focal": (2.0, 2.0, 0.0), "bce": (0.0, 0.0, 0.0)}
+_ASYMMETRY = {
+    **{"asl": (4.0, 0.0, 0.05), "focal": (2.0, 2.0, 0.0), "bce": (0.0, 0.0, 0.0)},
+    "asl_single": (4.0, 0.0, 0.0),  # that of the official class
+}
+# What some losses alone can be told.
+_OF_CELLS = ("asl", "focal", "bce")
+_TAKEN_BY = {
+    **dict.fromkeys(["adaptive_gamma", "unannotated", "gamma_unann"], _OF_CELLS),
+    "poly_epsilon": ("poly",),
+    "hill_lamb": ("hill",),
+    "splc_tau": ("splc",),
+    "logit_margin": ("hill", "splc"),
+}
+# "poly", "zlpr", "db" and "twoway" by the names that timm gives them.
+Loss = Literal["asl", "focal", "bce", "asl_single", "poly", "zlpr", "db", "twoway", "hill", "splc"]
+SOFT = ("asl", "focal", "bce")  # losses that take soft labels
 ESTIMATE = "estimate"  # `prior_path` where the prior is to be estimated first
 
 
 class LossSettings(Settings):
     """The training loss, and what it makes of cells that are not annotated."""
 
-    loss: Literal["asl", "focal", "bce"] = "asl"
-    """training loss"""
+    loss: Loss = "asl"
+    """training loss; asl_single: for images with one label each; hill, splc: for missing labels"""
     gamma_neg: Annotated[OptionalFloat, Field(ge=0)] = None
-    """focusing of the negatives; default: 4 for asl, 2 for focal"""
+    """focusing of the negatives; default: 4 for asl and asl_single, 2 for focal"""
     gamma_pos: Annotated[OptionalFloat, Field(ge=0)] = None
-    """focusing of the positives; default: 0 for asl, 2 for focal"""
+    """focusing of the positives; default: 0 for asl and asl_single, 2 for focal"""
     clip: Annotated[OptionalFloat, Field(ge=0, le=0.99)] = None
     """probability margin m of asl; default: 0.05"""
     adaptive_gamma: Annotated[OptionalFloat, Field(gt=-1, le=0.99)] = None
@@ -46,14 +61,29 @@ class LossSettings(Settings):
     estimate, to train a model that tells first"""
     prior_threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
     """selective: classes more frequent than this are likely present"""
+    poly_epsilon: Annotated[float, Field(ge=-1)] = 2.0
+    """poly: weight of its term 1 - p; below -1 it would pay to be wrong"""
+    hill_lamb: Annotated[float, Field(ge=1)] = 1.5
+    """hill: lambda; the smaller, the less a negative with a high score counts"""
+    splc_tau: Annotated[float, Field(ge=0, le=1)] = 0.6
+    """splc: score above which a negative is taken for a positive, from the second epoch on"""
+    logit_margin: Annotated[float, Field(ge=0)] = 1.0
+    """hill, splc: what the logits of the positives lose"""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         gamma_neg, gamma_pos, clip = self.asymmetry
         if self.loss == "focal" and (clip or gamma_neg != gamma_pos):
             raise UsageError("loss focal takes equal gamma_neg and gamma_pos and no clip")
-        if self.loss == "bce" and (gamma_neg or gamma_pos or clip):
-            raise UsageError("loss bce takes neither gamma_neg, gamma_pos nor clip")
+        if self.loss == "asl_single" and clip:
+            raise UsageError("loss asl_single takes no clip")
+        asymmetric = self.loss in ("asl", "focal", "asl_single")
+        if not asymmetric and (gamma_neg or gamma_pos or clip):
+            raise UsageError(f"loss {self.loss} takes neither gamma_neg, gamma_pos nor clip")
+        for name, losses in _TAKEN_BY.items():
+            usual = type(self).model_fields[name].default
+            if self.loss not in losses and getattr(self, name) != usual:
+                raise UsageError(f"{name} has a meaning for loss {' and '.join(losses)} alone")
         if self.clip is not None and 0 < self.clip < 1e-6:
             raise UsageError(f"clip is {self.clip}: a margin below 1e-6 is lost in rounding, use 0")
         if self.prior_path and self.unannotated != "selective":
@@ -63,7 +93,7 @@ class LossSettings(Settings):
     @property
     def asymmetry(self) -> tuple[float, float, float]:
         """(gamma_neg, gamma_pos, clip), with what the loss usually has where nothing was given."""
-        usual = _ASYMMETRY[self.loss]
+        usual = _ASYMMETRY.get(self.loss, (0.0, 0.0, 0.0))
         given = (self.gamma_neg, self.gamma_pos, self.clip)
         neg, pos, clip = (u if g is None else g for u, g in zip(usual, given, strict=True))
         return neg, pos, clip
@@ -168,6 +198,17 @@ class TrainConfig(Config):
     def _check(self) -> Self:
         if self.model.pretrained and self.model.model_path:
             raise UsageError("model_path and pretrained both name weights to start from: drop one")
+        if (self.augment.mixup or self.augment.cutmix) and self.loss.loss not in SOFT:
+            raise UsageError(
+                f"loss {self.loss.loss} takes no soft labels, and mixup and cutmix make such"
+            )
+        if self.loss.loss == "twoway" and self.step.accumulate > 1:
+            raise UsageError(
+                "loss twoway compares the images of a batch: several batches do not add up to a "
+                "larger one, drop accumulate"
+            )
+        if self.loss.loss == "asl_single" and self.step.running_prior:
+            raise UsageError("running_prior is for losses of several labels, not for asl_single")
         return self
 
     @property

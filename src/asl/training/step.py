@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from asl.distributed import precision, rank, summed, world_size
 from asl.errors import TrainingError, UsageError
+from asl.robust_losses import SPLC
 from asl.training.prior import RunningPrior
 from asl.training.settings import StepSettings
 
@@ -106,7 +107,10 @@ class Training:
             with torch.autocast(self.device.type, self.precision, enabled=amp):
                 logits = self.forward(images)
             logits = logits[: len(targets)]  # there may be fewer targets than images: see `Batch`
-            loss: Tensor = self.loss(logits, targets)
+            # The loss that changes with the epoch is told its number. It has no state of its own,
+            # so a run that goes on needs nothing else.
+            epoch = (self.epoch,) if isinstance(self.loss, SPLC) else ()
+            loss: Tensor = self.loss(logits, targets, *epoch)
             # The loss is a sum over images, and DistributedDataParallel averages over the ranks.
             with _statistics_kept(self._seen_twice):
                 self.scaler.scale(loss * world_size()).backward()  # type: ignore[no-untyped-call]
