@@ -11,6 +11,7 @@ from tqdm import tqdm
 from asl.data.annotations import Annotations
 from asl.distributed import gather_dealt, precision, rank
 from asl.errors import UsageError
+from asl.images.features import AnyBatches
 from asl.images.loader import Batch, Batches
 from asl.images.prepare import preparation
 from asl.images.settings import ImageSettings
@@ -29,11 +30,13 @@ def score(
     prepare: Callable[[Batch], Tensor],
     computed_in: torch.dtype | None = None,
     kept_as: torch.dtype = torch.float32,
+    activation: Callable[[Tensor], Tensor] = torch.sigmoid,
 ) -> list[Tensor]:
     """The scores that each of several models gives, in one pass over the batches.
 
-    One (N, C) tensor of type `kept_as` per model, on the host, values in [0, 1]. With `computed_in`
-    the forward passes run in that precision.
+    One (N, C) tensor of type `kept_as` per model, on the host, values in [0, 1], or what else
+    `activation` makes of a model's answers. With `computed_in` the forward passes run in that
+    precision.
     """
     models = [model.eval() for model in models]
     tables = [_Table() for _ in models]
@@ -42,7 +45,7 @@ def score(
         with torch.autocast(images.device.type, computed_in, enabled=computed_in is not None):
             logits = [model(images)[: len(batch.targets)] for model in models]
         for table, each in zip(tables, logits, strict=True):
-            table.add(each.float().sigmoid().to(kept_as))
+            table.add(activation(each.float()).to(kept_as))
     return [table.rows() for table in tables]
 
 
@@ -79,7 +82,7 @@ class _Table:
 
 def score_data_set(
     models: Sequence[nn.Module],
-    batches: Batches,
+    batches: AnyBatches,
     device: torch.device,
     amp: str,
     title: str,
@@ -101,7 +104,7 @@ def score_data_set(
     return [gather_dealt(table, batches.batch_size_per_rank, images) for table in tables]
 
 
-def progress(batches: Batches, epoch: int, title: str, start: int = 0) -> "tqdm[Batch]":
+def progress(batches: AnyBatches, epoch: int, title: str, start: int = 0) -> "tqdm[Batch]":
     """The batches of an epoch, from number `start` on, behind a bar that counts images."""
     return tqdm(
         batches.epoch(epoch, start),

@@ -1,6 +1,10 @@
-"""Heads: the layers at the end of a model that map pooled features to logits."""
+"""Heads: the layers at the end of a model that map pooled features to logits.
+
+And models in two: a frozen backbone, what it gives to the head, and the head alone.
+"""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -32,6 +36,67 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
     config: Any = model.pretrained_cfg
     names = config.get("classifier") or ()
     return (names,) if isinstance(names, str) else tuple(names)
+
+
+def heads_of(model: nn.Module) -> list[nn.Module]:
+    """A timm model's heads. Raises `UsageError` for one without."""
+    names = head_names(model)
+    if not names:
+        raise UsageError(f"{type(model).__name__} has no head: timm does not name one")
+    return [model.get_submodule(name) for name in names]
+
+
+def freeze_backbone(model: nn.Module) -> None:
+    """Leave a timm model's heads alone to be trained.
+
+    The rest has no gradients, and is in eval mode: its running statistics stay as they are, too.
+    """
+    model.eval().requires_grad_(False)
+    for head in heads_of(model):
+        head.train().requires_grad_(True)
+
+
+def without_head(model: nn.Module, image_size: int) -> nn.Module:
+    """A copy of a timm model, in eval mode, that returns what its head is given: (B, F) features.
+
+    The head maps them to the logits of the model: that is tried on an image. Raises `UsageError`
+    for a model that has two heads, or does more than that behind its features.
+    """
+    backbone, heads = deepcopy(model).eval(), heads_of(model)
+    side = torch.linspace(-1, 1, image_size, device=next(model.parameters()).device)
+    with torch.inference_mode():
+        image = (side[:, None] * side).expand(1, 3, -1, -1)
+        logits = backbone(image)
+        backbone.set_submodule(head_names(model)[0], nn.Identity())
+        features = backbone(image)
+        linear = len(heads) == 1 and isinstance(heads[0], nn.Linear | BottleneckHead)
+        if not (linear and torch.allclose(heads[0](features), logits, atol=1e-4)):
+            raise UsageError(
+                f"{type(model).__name__} is more than a backbone and a linear head: "
+                "its features cannot be cached"
+            )
+    return backbone
+
+
+def feature_width(model: nn.Module) -> int:
+    """How many features, F, the head of a model maps to logits."""
+    return next(heads_of(model)[0].parameters()).shape[1]
+
+
+def take_features(model: nn.Module) -> None:
+    """Let a model, in place, map (B, F) features of `without_head` to logits: by its head alone.
+
+    It keeps all of its weights under their names.
+    """
+    # As in `layout.keep_channels_last`: with the class alone replaced, all else stays.
+    kind = type(model)
+    model.__class__ = type(f"{kind.__name__}OfFeatures", (_OfFeatures, kind), {})
+
+
+class _OfFeatures(nn.Module):
+    def forward(self, features: Tensor) -> Tensor:
+        logits: Tensor = heads_of(self)[0](features)
+        return logits
 
 
 def set_bottleneck_head(model: nn.Module, num_classes: int) -> None:

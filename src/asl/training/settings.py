@@ -13,6 +13,8 @@ from asl.evaluation.settings import FigureSettings
 from asl.images.settings import AugmentSettings, ImageSettings
 from asl.models.settings import DeviceSettings, NewModelSettings
 
+# What acts on a backbone that is trained, and would do nothing to a frozen one.
+_OF_A_BACKBONE = ("head_lr_scale", "layer_decay", "checkpoint_activations", "sync_bn")
 # gamma_neg, gamma_pos, clip: the official training script's ASL; focal loss and cross-entropy are
 # the same formula with equal gammas and without margin (ASL paper, section 2.2).
 _ASYMMETRY = {"asl": (4.0, 0.0, 0.05), "focal": (2.0, 2.0, 0.0), "bce": (0.0, 0.0, 0.0)}
@@ -78,6 +80,14 @@ class StepSettings(Settings):
     """peak learning rate of the one-cycle schedule"""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     """of weights with more than one dimension"""
+    head_lr_scale: Annotated[float, Field(gt=0)] = 1.0
+    """learning rate of the head, as a multiple of that of the backbone"""
+    layer_decay: Annotated[OptionalFloat, Field(gt=0, le=1)] = None
+    """learning rate of each layer of the backbone, as a multiple of that of the layer behind it"""
+    freeze: Literal["none", "backbone"] = "none"
+    """backbone: train the head alone; running statistics stay as they are too"""
+    cache_features: bool = False
+    """with a frozen backbone: compute its features of each image once, and keep them in memory"""
     epochs: Annotated[int, Field(ge=1)] = 80
     """length of the one-cycle schedule"""
     pct_start: Annotated[float, Field(gt=0, le=0.99)] = 0.2
@@ -107,6 +117,10 @@ class StepSettings(Settings):
             raise UsageError(
                 "compile decides itself what is computed again: drop checkpoint_activations"
             )
+        fields = type(self).model_fields
+        idle = [name for name in _OF_A_BACKBONE if getattr(self, name) != fields[name].default]
+        if idle and self.freeze == "backbone":
+            raise UsageError(f"a frozen backbone has no use for {' and '.join(idle)}: drop that")
         return self
 
 
@@ -168,6 +182,16 @@ class TrainConfig(Config):
     def _check(self) -> Self:
         if self.model.pretrained and self.model.model_path:
             raise UsageError("model_path and pretrained both name weights to start from: drop one")
+        if self.model.drop_path and self.step.freeze == "backbone":
+            raise UsageError("a frozen backbone has no use for drop_path: drop that")
+        needed = {"freeze": "backbone", "augment": "none", "bad_images": "error"}
+        flat = self.flat()
+        lacking = [f"{name} {value}" for name, value in needed.items() if flat[name] != value]
+        if self.step.cache_features and lacking:
+            raise UsageError(
+                "cache_features needs images whose features never change: "
+                f"it goes with {' and '.join(lacking)} alone"
+            )
         return self
 
     @property
