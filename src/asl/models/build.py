@@ -8,15 +8,12 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers.drop import DropPath
 from torch import nn
 
 from asl.errors import DataError, UsageError
 from asl.models.heads import init_heads, set_bottleneck_head
 from asl.models.layout import keep_channels_last
 from asl.models.settings import Head
-
-_NO_BRANCHES = "{} has no branches that training could skip: drop drop_path"
 
 
 def create_model(
@@ -58,15 +55,14 @@ def create_model(
         raise UsageError(_wrong_size(name, image_size, error)) from error
     except Exception as error:
         if "drop_path_rate" in str(error):
-            raise UsageError(_NO_BRANCHES.format(name)) from error
+            raise UsageError(
+                f"{name} has no branches that training could skip: drop drop_path"
+            ) from error
         if not pretrained:
             raise
         reason = str(error).partition("\n")[0]
         advice = "give a file of weights with --model-path"
         raise DataError(f"no pretrained weights for {name}: {reason}; {advice}") from error
-    paths = [layer for layer in model.modules() if isinstance(layer, DropPath)]
-    if drop_path and not any(path.drop_prob for path in paths):
-        raise UsageError(_NO_BRANCHES.format(name))
     if head == "bottleneck":
         set_bottleneck_head(model, num_classes)
     init_heads(model)

@@ -59,22 +59,23 @@ def freeze_backbone(model: nn.Module) -> None:
 def without_head(model: nn.Module, image_size: int) -> nn.Module:
     """A copy of a timm model, in eval mode, that returns what its head is given: (B, F) features.
 
-    The head maps them to the logits of the model: that is tried on an image. Raises `UsageError`
-    for a model that has two heads, or does more than that behind its features.
+    Raises `UsageError` for a model that has two heads, whose head is given more than a vector, or
+    that does something with its answers: an image is tried.
     """
-    backbone, heads = deepcopy(model).eval(), heads_of(model)
+    backbone, names = deepcopy(model).eval(), head_names(model)
+    calls = list[tuple[Tensor, Tensor]]()
+    head = heads_of(backbone)[0]
+    head.register_forward_hook(lambda _, given, made: calls.append((given[0], made)))
     side = torch.linspace(-1, 1, image_size, device=next(model.parameters()).device)
     with torch.inference_mode():
-        image = (side[:, None] * side).expand(1, 3, -1, -1)
-        logits = backbone(image)
-        backbone.set_submodule(head_names(model)[0], nn.Identity())
-        features = backbone(image)
-        linear = len(heads) == 1 and isinstance(heads[0], nn.Linear | BottleneckHead)
-        if not (linear and torch.allclose(heads[0](features), logits, atol=1e-4)):
-            raise UsageError(
-                f"{type(model).__name__} is more than a backbone and a linear head: "
-                "its features cannot be cached"
-            )
+        logits = backbone((side[:, None] * side).expand(1, 3, -1, -1))
+    features, made = calls[0]
+    if len(names) > 1 or features.ndim != 2 or not torch.equal(made, logits):
+        raise UsageError(
+            f"{type(model).__name__} is more than a backbone and a head of its pooled features: "
+            "they cannot be cached"
+        )
+    backbone.set_submodule(names[0], nn.Identity())
     return backbone
 
 

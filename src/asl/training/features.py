@@ -38,7 +38,7 @@ def features_once(
     the images. Every rank holds the features of all images. Both sets of weights map features to
     logits from here on.
 
-    Raises `UsageError` for a model that is not a backbone under a linear head, and where the memory
+    Raises `UsageError` for a model whose features `without_head` cannot give, and where the memory
     of the machine is too small.
     """
     started, device, images = time.perf_counter(), training.device, config.images
