@@ -49,7 +49,8 @@ def heads_of(model: nn.Module) -> list[nn.Module]:
 def freeze_backbone(model: nn.Module) -> None:
     """Leave a timm model's heads alone to be trained.
 
-    The rest has no gradients, and is in eval mode: its running statistics stay as they are, too.
+    The rest has no gradients, and is in eval mode: its running statistics stay as they are, and it
+    drops nothing.
     """
     model.eval().requires_grad_(False)
     for head in heads_of(model):
