@@ -109,6 +109,9 @@ def test_numbers_are_written_as_yaml_writes_them_and_words_are_words(tmp_path):
     }
 
 
+FROZEN = ("--freeze", "backbone")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -128,6 +131,19 @@ def test_numbers_are_written_as_yaml_writes_them_and_words_are_words(tmp_path):
         (["--loss", "focal", "--gamma-neg", "3"], "focal"),
         (["--pretrained", "--model-path", "x"], "model_path and pretrained"),
         (["--output", "a\0b"], "output holds a null byte"),
+        (["--head-lr-scale", "0"], "head_lr_scale is 0"),
+        (["--layer-decay", "1.1"], "layer_decay is 1.1"),
+        (["--drop-path", "1"], "drop_path is 1"),
+        ([*FROZEN, "--head-lr-scale", "2"], "no use for head_lr_scale: drop"),
+        ([*FROZEN, "--layer-decay", "1", "--sync-bn"], "no use for layer_decay and sync_bn: drop"),
+        ([*FROZEN, "--checkpoint-activations"], "no use for checkpoint_activations: drop"),
+        ([*FROZEN, "--drop-path", "0.1"], "no use for drop_path: drop"),
+        (["--cache-features", "--augment", "none"], "goes with freeze backbone alone"),
+        ([*FROZEN, "--cache-features"], "goes with augment none alone"),
+        (
+            [*FROZEN, "--cache-features", "--augment", "flip", "--bad-images", "skip"],
+            "goes with augment none and bad_images error alone",
+        ),
     ],
 )
 def test_settings_out_of_range_or_against_each_other_are_refused(arguments, message):

@@ -158,11 +158,11 @@ def broadcast_buffers(module: torch.nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def gather_dealt(rows: Tensor, batch_size: int, total: int) -> Tensor | None:
+def gather_dealt(rows: Tensor, batch_size: int, total: int, on_all: bool = False) -> Tensor | None:
     """The rows of a data set of which batch number i went to rank i modulo the number of ranks.
 
     `rows` (n, ...) are this rank's, on the host. Returns all (`total`, ...) on rank 0, in the order
-    of the data set and without padding, and None on the others.
+    of the data set and without padding, and None on the others; with `on_all` on every rank.
     """
     ranks = world_size()
     if ranks == 1:
@@ -170,11 +170,14 @@ def gather_dealt(rows: Tensor, batch_size: int, total: int) -> Tensor | None:
     rounds = -(-total // (batch_size * ranks))
     padded = rows.new_zeros(rounds * batch_size, *rows.shape[1:])
     padded[: len(rows)] = rows
-    everywhere = [torch.empty_like(padded) for _ in range(ranks)] if rank() == 0 else None
-    dist.gather(padded, everywhere)
-    if everywhere is None:
+    parts = [torch.empty_like(padded) for _ in range(ranks)] if on_all or rank() == 0 else []
+    if on_all:
+        dist.all_gather(parts, padded)
+    else:
+        dist.gather(padded, parts or None)
+    if not parts:
         return None
-    dealt = torch.stack([part.view(rounds, batch_size, *rows.shape[1:]) for part in everywhere], 1)
+    dealt = torch.stack([part.view(rounds, batch_size, *rows.shape[1:]) for part in parts], 1)
     return dealt.flatten(0, 2)[:total]
 
 

@@ -37,6 +37,7 @@ MODEL = ("--model-name", "test_vit", "--image-size", "48", "--amp", "off", "--de
 # 40 images: the last batch has six, two for each of three ranks.
 TRAIN = ("--batch-size", 17, "--lr", 1e-4, "--ema-decay", 0.9, "--workers", 0, *MODEL)
 LONG = ("train.py", "--epochs", 200, "--checkpoint-every", 1, *TRAIN)
+HEAD = ("--epochs", 2, "--freeze", "backbone", "--augment", "none", "--cache-features")
 STATE = ("--running-prior", "--adaptive-gamma", 0.3, "--accumulate", 2)
 # 20 images in 7 batches: neither 2 nor 3 ranks get equally many.
 MEASURE = ("--model-path", "one.pt", "--batch-size", 3, "--workers", 0, *MODEL)
@@ -86,6 +87,7 @@ def jobs(ranks):
             *MEASURE,
         ),
         ("infer.py", "--json", f"labels{ranks}.json", *PICTURES, f"labelled{ranks}", *MEASURE),
+        ("train.py", "data", "--output", f"head{ranks}", *HEAD, *TRAIN),
     ]
 
 
@@ -225,8 +227,18 @@ class TestAnyNumberOfRanks:
             gradients = [[state[moment] for state in each] for each in states]
             assert norm_of_difference(*gradients) < tolerance
 
-    def test_logs_the_same(self, ranks, world):
-        logs = [figures_of(world / f"run{n}") for n in (1, ranks)]
+    def test_computes_the_same_features_once(self, ranks, world, request):
+        one, many = (checkpoint.load(world / f"head{n}/last.pt") for n in (1, ranks))
+        start = norm_of_difference(one["ema"].values(), one["regular"].values())
+        for which in ("ema", "regular"):
+            weights = [list(each[which].values()) for each in (many, one)]
+            assert norm_of_difference(*weights) < 1e-4 * start
+        _, out, _ = request.getfixturevalue({2: "two", 3: "three"}[ranks])
+        assert out.count("features of 40 and 20 images, 64 each") == 1
+
+    @pytest.mark.parametrize("run", ["run", "head"])
+    def test_logs_the_same(self, run, ranks, world):
+        logs = [figures_of(world / f"{run}{n}") for n in (1, ranks)]
         for one, many in zip(*logs, strict=True):
             assert many == pytest.approx(one, rel=1e-5)
 
@@ -267,9 +279,9 @@ class TestAnyNumberOfRanks:
 
     def test_prints_once(self, ranks, request):
         _, out, err = request.getfixturevalue({2: "two", 3: "three"}[ranks])
-        assert out.count("train2014: 40 images") == 3  # two trainings and the prior
+        assert out.count("train2014: 40 images") == 4  # three trainings and the prior
         assert out.count("all labels: ") == 1
-        assert err.count("3 of 24 classes are in no image") == 3
+        assert err.count("3 of 24 classes are in no image") == 4
 
 
 def test_the_two_steps_of_csl_follow_each_other_on_all_ranks(world):

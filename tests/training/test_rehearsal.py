@@ -22,14 +22,17 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from asl.data.annotations import Annotations
 from asl.evaluation.score import score
 from asl.images.augment import OPERATIONS, Transform, apply_batch, draw
+from asl.images.features import FeatureBatches
 from asl.images.loader import Batch
 from asl.images.mix import mixing
 from asl.images.prepare import preparation
 from asl.images.settings import AugmentSettings
 from asl.losses import ASLSingleLabel, AsymmetricLoss, AsymmetricLossOptimized, PartialSelectiveLoss
 from asl.models.build import create_model, normalization, place
+from asl.models.heads import feature_width, take_features
 from asl.models.inference import for_inference
 from asl.robust_losses import SPLC, Hill
 from asl.training.loss import create_loss
@@ -99,9 +102,9 @@ class Rehearsed:
     def __init__(self):
         self._rehearsal = Rehearsal()
 
-    def model(self, name):
+    def model(self, name, drop_path=None):
         with torch.device("meta"):  # no time for random weights
-            model = create_model(name, CLASSES, image_size=SIZE)
+            model = create_model(name, CLASSES, image_size=SIZE, drop_path=drop_path)
         return self.module(place(model, torch.device("meta")))
 
     def module(self, module):
@@ -120,8 +123,8 @@ class OnDevice:
     def __init__(self, without_waiting):
         self._without_waiting = without_waiting
 
-    def model(self, name):
-        return place(create_model(name, CLASSES, image_size=SIZE), CUDA)
+    def model(self, name, drop_path=None):
+        return place(create_model(name, CLASSES, image_size=SIZE, drop_path=drop_path), CUDA)
 
     def module(self, module):
         return module.to(CUDA)
@@ -235,9 +238,9 @@ def test_loss_of_one_label(stage):
         assert gradients_of(ASLSingleLabel(), targets, stage).device == CUDA
 
 
-def trained(stage, name="test_resnet", loss=None, amp="off", steps=4, **settings):
+def trained(stage, name="test_resnet", loss=None, amp="off", steps=4, drop_path=None, **settings):
     """The `Training` after some steps, from pixels on the host; the last has fewer targets."""
-    model, loss = stage.model(name), stage.module(loss or create_loss(LossSettings()))
+    model, loss = stage.model(name, drop_path), stage.module(loss or create_loss(LossSettings()))
     with stage.on():
         prepare = preparation(*normalization(model), CUDA, PRECISIONS[amp])
         training = Training(
@@ -290,6 +293,11 @@ STEPS = {
     "an average that warms up": {"ema_warmup": True},
     "a running prior": {"running_prior": True},
     "activations computed again": {"checkpoint_activations": True},
+    "a head that learns faster, layers that learn slower": {"head_lr_scale": 2, "layer_decay": 0.7},
+    "a frozen backbone": {"freeze": "backbone"},
+    "a frozen backbone in bfloat16 and clipped gradients": {
+        **{"freeze": "backbone", "amp": "bf16", "grad_clip": 1.0, "running_prior": True}
+    },
     "activations computed again in bfloat16": {"checkpoint_activations": True, "amp": "bf16"},
 }
 
@@ -300,6 +308,33 @@ def test_step(path, stage):
     assert len(training.losses) == training.steps == -(-4 // training.settings.accumulate)
     assert training.scaler.is_enabled() == (STEPS[path].get("amp") == "fp16")
     assert all(loss.device == CUDA for loss in training.losses)
+
+
+def test_skipped_branches(stage):
+    assert trained(stage, "test_vit", drop_path=0.5).steps == 4
+
+
+@pytest.mark.parametrize("amp", PRECISIONS)
+def test_features_in_the_place_of_images(amp, stage):
+    training = trained(stage, "test_resnet", amp=amp, steps=1, freeze="backbone")
+    models = [training.model, training.ema.module]
+    with stage.on():
+        for model in models:
+            take_features(model)
+        labels = np.zeros((BATCH, CLASSES), np.int8)
+        annotations = Annotations.from_cells(
+            Path(), np.full(BATCH, b"-"), tuple("abcdefghijklmnopqrst"), *np.nonzero(labels), []
+        )
+        features = torch.rand(BATCH, feature_width(training.model))
+        batches = FeatureBatches(annotations, features, BATCH // 2, shuffle=True, device=CUDA)
+        prepare = preparation(*normalization(training.model), CUDA, PRECISIONS[amp])
+        with stage.watched():
+            for each in batches.epoch(0):
+                training.step(prepare(each), each.targets.to(CUDA, non_blocking=True))
+            folded = [for_inference(deepcopy(model)) for model in models]
+            tables = score(folded, batches.epoch(0), prepare, PRECISIONS[amp])
+    assert training.steps == 1 + 2
+    assert [table.shape for table in tables] == 2 * [(BATCH, CLASSES)]
 
 
 RECIPES = Path(__file__).parents[2].glob("configs/*.yaml")

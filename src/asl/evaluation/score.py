@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import torch
@@ -12,6 +13,7 @@ from asl.data.annotations import Annotations
 from asl.distributed import gather_dealt, precision, rank
 from asl.errors import UsageError
 from asl.evaluation.settings import trained_with
+from asl.images.features import AnyBatches
 from asl.images.loader import Batch, Batches
 from asl.images.prepare import preparation
 from asl.images.settings import ImageSettings
@@ -30,13 +32,13 @@ def score(
     prepare: Callable[[Batch], Tensor],
     computed_in: torch.dtype | None = None,
     kept_as: torch.dtype = torch.float32,
-    one_label: bool = False,
+    activation: Callable[[Tensor], Tensor] = torch.sigmoid,
 ) -> list[Tensor]:
     """The scores that each of several models gives, in one pass over the batches.
 
-    One (N, C) tensor of type `kept_as` per model, on the host, values in [0, 1]: the sigmoid of the
-    logits, or for models of images with `one_label` each their softmax. With `computed_in` the
-    forward passes run in that precision.
+    One (N, C) tensor of type `kept_as` per model, on the host, values in [0, 1], or what else
+    `activation` makes of a model's answers. With `computed_in` the forward passes run in that
+    precision.
     """
     models = [model.eval() for model in models]
     tables = [_Table() for _ in models]
@@ -45,8 +47,7 @@ def score(
         with torch.autocast(images.device.type, computed_in, enabled=computed_in is not None):
             logits = [model(images)[: len(batch.targets)] for model in models]
         for table, each in zip(tables, logits, strict=True):
-            each = each.float()
-            table.add((each.softmax(dim=1) if one_label else each.sigmoid()).to(kept_as))
+            table.add(activation(each.float()).to(kept_as))
     return [table.rows() for table in tables]
 
 
@@ -83,7 +84,7 @@ class _Table:
 
 def score_data_set(
     models: Sequence[nn.Module],
-    batches: Batches,
+    batches: AnyBatches,
     device: torch.device,
     amp: str,
     title: str,
@@ -102,12 +103,12 @@ def score_data_set(
         preparation(*normalization(models[0]), device, computed_in),
         computed_in,
         torch.float16 if images * classes > HALF_ABOVE else torch.float32,
-        one_label,
+        partial(torch.softmax, dim=1) if one_label else torch.sigmoid,
     )
     return [gather_dealt(table, batches.batch_size_per_rank, images) for table in tables]
 
 
-def progress(batches: Batches, epoch: int, title: str, start: int = 0) -> "tqdm[Batch]":
+def progress(batches: AnyBatches, epoch: int, title: str, start: int = 0) -> "tqdm[Batch]":
     """The batches of an epoch, from number `start` on, behind a bar that counts images."""
     return tqdm(
         batches.epoch(epoch, start),

@@ -37,6 +37,8 @@ log = logging.getLogger("asl")
 class Batch(NamedTuple):
     """What a step takes: (B, 3, S, S) uint8 images and (B', C) int8 targets in {1, 0, -1}.
 
+    In place of images there may be (B, F) float32 features of them: see `features.FeatureBatches`.
+
     B' is B, but for a rank that the last batch has too few images for: that rank gets an image
     without a target, because all ranks must take every step together. Such an image does not count.
     `augmentation` (B, 3, 7) is what `prepare.preparation` has yet to do to the images.

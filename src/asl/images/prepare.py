@@ -21,7 +21,8 @@ def preparation(
 ) -> Callable[[Batch], Tensor]:
     """What makes (B, 3, S, S) images on the device of a batch: (x / 255 - mean) / std.
 
-    It first does the augmentation that the batch still asks for. The images are what the model's
+    It first does the augmentation that the batch still asks for. Features, which were made of such
+    images before, are put on the device and are not changed. The images are what the model's
     first layer takes, made in one pass: channels last, the layout that convolutions are fastest in,
     and of the type `computed_in`, else float32. They are rounded to it once, at the end.
     """
@@ -30,6 +31,8 @@ def preparation(
 
     def prepare(batch: Batch) -> Tensor:
         images = batch.images.to(device, non_blocking=True)
+        if images.is_floating_point():
+            return images
         if batch.augmentation is not None:
             images = apply_batch(images, batch.augmentation)
         made = torch.empty_like(

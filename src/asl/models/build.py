@@ -22,15 +22,18 @@ def create_model(
     head: Head = "linear",
     pretrained: bool = False,
     image_size: int | None = None,
+    drop_path: float | None = None,
 ) -> nn.Module:
     """Build a timm model that maps normalised images (B, 3, S, S) to logits (B, `num_classes`).
 
     `name` may carry timm's tag for pretrained weights (`tresnet_l.miil_in1k_448`). The weights are
     random, or with `pretrained` timm's from its hub, apart from the head. `image_size` is S; only
-    models that are built for one size (vision transformers) look at it.
+    models that are built for one size (vision transformers) look at it. `drop_path` is the chance
+    with which training skips the residual branch of the last block for an image (stochastic depth,
+    arXiv 1603.09382); without it the model's own.
 
-    Raises `UsageError` for a name that timm does not know, or a head or size that the model cannot
-    have, and `DataError` if pretrained weights cannot be fetched.
+    Raises `UsageError` for a name that timm does not know, or a head, size or `drop_path` that the
+    model cannot have, and `DataError` if pretrained weights cannot be fetched.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.lower(), timm.list_models(), n=3)
@@ -44,11 +47,17 @@ def create_model(
     options: dict[str, Any] = {"num_classes": num_classes}
     if image_size and config and config.fixed_input_size:
         options["img_size"] = image_size
+    if drop_path is not None:
+        options["drop_path_rate"] = drop_path
     try:
         model: nn.Module = timm.create_model(name, pretrained, **options)
     except AssertionError as error:  # some vision transformers check the size here
         raise UsageError(_wrong_size(name, image_size, error)) from error
     except Exception as error:
+        if "drop_path_rate" in str(error):
+            raise UsageError(
+                f"{name} has no branches that training could skip: drop drop_path"
+            ) from error
         if not pretrained:
             raise
         reason = str(error).partition("\n")[0]

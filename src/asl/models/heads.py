@@ -1,6 +1,10 @@
-"""Heads: the layers at the end of a model that map pooled features to logits."""
+"""Heads: the layers at the end of a model that map pooled features to logits.
+
+And models in two: a frozen backbone, what it gives to the head, and the head alone.
+"""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -32,6 +36,69 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
     config: Any = model.pretrained_cfg
     names = config.get("classifier") or ()
     return (names,) if isinstance(names, str) else tuple(names)
+
+
+def heads_of(model: nn.Module) -> list[nn.Module]:
+    """A timm model's heads. Raises `UsageError` for one without."""
+    names = head_names(model)
+    if not names:
+        raise UsageError(f"{type(model).__name__} has no head: timm does not name one")
+    return [model.get_submodule(name) for name in names]
+
+
+def freeze_backbone(model: nn.Module) -> None:
+    """Leave a timm model's heads alone to be trained.
+
+    The rest has no gradients, and is in eval mode: its running statistics stay as they are, and it
+    drops nothing.
+    """
+    model.eval().requires_grad_(False)
+    for head in heads_of(model):
+        head.train().requires_grad_(True)
+
+
+def without_head(model: nn.Module, image_size: int) -> nn.Module:
+    """A copy of a timm model, in eval mode, that returns what its head is given: (B, F) features.
+
+    Raises `UsageError` for a model that has two heads, whose head is given more than a vector, or
+    that does something with its answers: an image is tried.
+    """
+    backbone, names = deepcopy(model).eval(), head_names(model)
+    calls = list[tuple[Tensor, Tensor]]()
+    head = heads_of(backbone)[0]
+    head.register_forward_hook(lambda _, given, made: calls.append((given[0], made)))
+    side = torch.linspace(-1, 1, image_size, device=next(model.parameters()).device)
+    with torch.inference_mode():
+        logits = backbone((side[:, None] * side).expand(1, 3, -1, -1))
+    features, made = calls[0]
+    if len(names) > 1 or features.ndim != 2 or not torch.equal(made, logits):
+        raise UsageError(
+            f"{type(model).__name__} is more than a backbone and a head of its pooled features: "
+            "they cannot be cached"
+        )
+    backbone.set_submodule(names[0], nn.Identity())
+    return backbone
+
+
+def feature_width(model: nn.Module) -> int:
+    """How many features, F, the head of a model maps to logits."""
+    return next(heads_of(model)[0].parameters()).shape[1]
+
+
+def take_features(model: nn.Module) -> None:
+    """Let a model, in place, map (B, F) features of `without_head` to logits: by its head alone.
+
+    It keeps all of its weights under their names.
+    """
+    # As in `layout.keep_channels_last`: with the class alone replaced, all else stays.
+    kind = type(model)
+    model.__class__ = type(f"{kind.__name__}OfFeatures", (_OfFeatures, kind), {})
+
+
+class _OfFeatures(nn.Module):
+    def forward(self, features: Tensor) -> Tensor:
+        logits: Tensor = heads_of(self)[0](features)
+        return logits
 
 
 def set_bottleneck_head(model: nn.Module, num_classes: int) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from asl.config import OptionalInt, Settings
+from asl.config import OptionalFloat, OptionalInt, Settings
 
 Head = Literal["linear", "bottleneck"]
 Weights = Literal["best", "ema", "regular"]
@@ -28,6 +28,8 @@ class NewModelSettings(ModelSettings):
 
     pretrained: bool = False
     """start from timm's ImageNet weights, fetched from its hub"""
+    drop_path: Annotated[OptionalFloat, Field(ge=0, le=0.99)] = None
+    """chance that training skips a residual branch, in the last block; default: the model's own"""
 
 
 class TrainedModelSettings(ModelSettings):

@@ -62,7 +62,7 @@ def new_model(settings: NewModelSettings, num_classes: int, image_size: int) -> 
     Raises what `create_model` and `load_weights` raise.
     """
     name, head, pretrained = settings.model_name, settings.head, settings.pretrained
-    model = create_model(name, num_classes, head, pretrained, image_size)
+    model = create_model(name, num_classes, head, pretrained, image_size, settings.drop_path)
     if settings.model_path:
         print(load_weights(model, settings.model_path))
     return model

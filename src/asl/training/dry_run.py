@@ -20,6 +20,8 @@ from asl.images.prepare import preparation
 from asl.images.settings import ImageSettings
 from asl.images.slots import SHARED_MEMORY, free_shared_memory
 from asl.models.build import normalization
+from asl.models.heads import without_head
+from asl.training.features import features_bytes
 from asl.training.fit import new_training, read_splits, training_batches
 from asl.training.memory import GB, GPU, estimate, growth, out_of_memory_explained
 from asl.training.rehearsal import Rehearsal
@@ -74,6 +76,10 @@ def _dry_run(config: TrainConfig, device: torch.device, there: bool) -> str:
         flops, memory = 0, [f"memory         not known, the model cannot be rehearsed: {reason}"]
     lines = [_model_line(config, training.model, flops), _steps_line(config, batches), *memory]
     lines.append(_shared_line(batches, val_batches))
+    if config.step.cache_features:
+        without_head(training.model, config.images.image_size)  # which says if that cannot be
+        size = features_bytes(training.model, train_set, val_set)
+        lines.append(f"features       {_shown(size)} in the memory of each process")
     lines.append(_cache_line(config.images, (train_set, val_set)))
     if training.epoch >= config.last_epoch:
         lines.append("step           none: the run is complete")

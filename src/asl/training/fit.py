@@ -27,6 +27,7 @@ from asl.errors import UsageError
 from asl.evaluation.evaluate import epoch_figures, estimate_prior
 from asl.evaluation.pictures import curves
 from asl.evaluation.score import Scorer, progress, score_data_set
+from asl.images.features import AnyBatches
 from asl.images.loader import Batches
 from asl.images.mix import mixing
 from asl.images.prepare import augments_on_device, preparation
@@ -35,6 +36,7 @@ from asl.models.inference import for_inference
 from asl.models.settings import TrainedModelSettings
 from asl.models.weights import new_model
 from asl.training.adaptive import AdaptiveAsymmetry
+from asl.training.features import features_once
 from asl.training.interrupts import Interrupts
 from asl.training.log import Row, peak_memory_gb
 from asl.training.loss import create_loss
@@ -63,8 +65,8 @@ def fit(config: TrainConfig) -> Path:
 def _fit(config: TrainConfig, device: torch.device) -> Path:
     train_set, val_set = read_splits(config, device)
     run = Run(config)
-    batches = training_batches(config, train_set, device)
-    val_batches = Batches(val_set, config.images, device=device)
+    batches: AnyBatches = training_batches(config, train_set, device)
+    val_batches: AnyBatches = Batches(val_set, config.images, device=device)
     training = new_training(config, train_set, len(batches), device, resumed=run.resumed)
     run.restore(training)
 
@@ -73,6 +75,10 @@ def _fit(config: TrainConfig, device: torch.device) -> Path:
         Interrupts() as interrupts,
         out_of_memory_explained(config, training, batches.batch_size_per_rank),
     ):
+        if config.step.cache_features and training.epoch < config.last_epoch:
+            batches, val_batches = features_once(
+                config, training, train_set, val_set, interrupts.until_stopped
+            )
         while training.epoch < config.last_epoch and not from_rank_0(run.has_stalled):
             row = train_epoch(training, batches, run, interrupts)
             if run.validates(training.epoch):
@@ -83,7 +89,7 @@ def _fit(config: TrainConfig, device: torch.device) -> Path:
     return run.folder
 
 
-def train_epoch(training: Training, batches: Batches, run: Run, interrupts: Interrupts) -> Row:
+def train_epoch(training: Training, batches: AnyBatches, run: Run, interrupts: Interrupts) -> Row:
     """Train for an epoch, or for the rest of one that was interrupted.
 
     Returns its line of the log: its number from 1, the learning rate, the mean loss of a step, and
@@ -157,7 +163,7 @@ class Pace:
         return time.perf_counter() - self._started
 
 
-def validate(training: Training, batches: Batches, run: Run, interrupts: Interrupts) -> Row:
+def validate(training: Training, batches: AnyBatches, run: Run, interrupts: Interrupts) -> Row:
     """The figures of the averaged and of the regular weights, on rank 0 (`epoch_figures`)."""
     run.save(training)  # A run that is lost while it validates has lost no step.
     started = time.perf_counter()

@@ -32,7 +32,7 @@ from asl.training.step import Training
 # for rounding where the device differs.
 MAY_CHANGE = (
     *("config", "data", "missing_images", "cache_dir", "max_pixels", "workers"),
-    *("model_path", "pretrained", "device", "compile"),
+    *("model_path", "pretrained", "device", "compile", "cache_features"),
     *("stop_epoch", "patience", "val_every", "threshold"),
     *("output", "overwrite", "resume", "dry_run", "checkpoint_every"),
     *("print_freq", "tensorboard", "wandb", "profile"),

@@ -13,6 +13,8 @@ from asl.evaluation.settings import FigureSettings
 from asl.images.settings import AugmentSettings, ImageSettings
 from asl.models.settings import DeviceSettings, NewModelSettings
 
+# What acts on a backbone that is trained, and would do nothing to a frozen one.
+_OF_A_BACKBONE = ("head_lr_scale", "layer_decay", "checkpoint_activations", "sync_bn")
 # gamma_neg, gamma_pos, clip: the official training script's ASL; focal loss and cross-entropy are
 # the same formula with equal gammas and without margin (ASL paper, section 2.2).
 _ASYMMETRY = {
@@ -30,7 +32,6 @@ _TAKEN_BY = {
 }
 # "poly", "zlpr", "db" and "twoway" by the names that timm gives them.
 Loss = Literal["asl", "focal", "bce", "asl_single", "poly", "zlpr", "db", "twoway", "hill", "splc"]
-SOFT = ("asl", "focal", "bce")  # losses that take soft labels
 ESTIMATE = "estimate"  # `prior_path` where the prior is to be estimated first
 
 
@@ -108,6 +109,14 @@ class StepSettings(Settings):
     """peak learning rate of the one-cycle schedule"""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     """of weights with more than one dimension"""
+    head_lr_scale: Annotated[float, Field(gt=0)] = 1.0
+    """learning rate of the head, as a multiple of that of the backbone"""
+    layer_decay: Annotated[OptionalFloat, Field(gt=0, le=1)] = None
+    """learning rate of each layer of the backbone, as a multiple of that of the layer behind it"""
+    freeze: Literal["none", "backbone"] = "none"
+    """backbone: train the head alone; running statistics stay as they are too"""
+    cache_features: bool = False
+    """with a frozen backbone: compute its features of each image once, and keep them in memory"""
     epochs: Annotated[int, Field(ge=1)] = 80
     """length of the one-cycle schedule"""
     pct_start: Annotated[float, Field(gt=0, le=0.99)] = 0.2
@@ -137,6 +146,10 @@ class StepSettings(Settings):
             raise UsageError(
                 "compile decides itself what is computed again: drop checkpoint_activations"
             )
+        fields = type(self).model_fields
+        idle = [name for name in _OF_A_BACKBONE if getattr(self, name) != fields[name].default]
+        if idle and self.freeze == "backbone":
+            raise UsageError(f"a frozen backbone has no use for {' and '.join(idle)}: drop that")
         return self
 
 
@@ -198,7 +211,7 @@ class TrainConfig(Config):
     def _check(self) -> Self:
         if self.model.pretrained and self.model.model_path:
             raise UsageError("model_path and pretrained both name weights to start from: drop one")
-        if (self.augment.mixup or self.augment.cutmix) and self.loss.loss not in SOFT:
+        if (self.augment.mixup or self.augment.cutmix) and self.loss.loss not in _OF_CELLS:
             raise UsageError(
                 f"loss {self.loss.loss} takes no soft labels, and mixup and cutmix make such"
             )
@@ -209,6 +222,19 @@ class TrainConfig(Config):
             )
         if self.loss.loss == "asl_single" and self.step.running_prior:
             raise UsageError("running_prior is for losses of several labels, not for asl_single")
+        if self.model.drop_path and self.step.freeze == "backbone":
+            raise UsageError("a frozen backbone has no use for drop_path: drop that")
+        needed = {
+            **{"freeze": "backbone", "augment": "none", "bad_images": "error"},
+            **{"mixup": 0, "cutmix": 0},
+        }
+        flat = self.flat()
+        lacking = [f"{name} {value}" for name, value in needed.items() if flat[name] != value]
+        if self.step.cache_features and lacking:
+            raise UsageError(
+                "cache_features needs images whose features never change: "
+                f"it goes with {' and '.join(lacking)} alone"
+            )
         return self
 
     @property

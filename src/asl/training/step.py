@@ -1,13 +1,15 @@
 """One training step: forward, loss, backward, update, average."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
+from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -15,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from asl.distributed import precision, rank, summed, world_size
 from asl.errors import TrainingError, UsageError
+from asl.models.heads import freeze_backbone, heads_of
 from asl.robust_losses import SPLC
 from asl.training.prior import RunningPrior
 from asl.training.settings import StepSettings
@@ -41,6 +44,9 @@ class Training:
     ) -> None:
         self.model, self.device, self.settings = model, device, settings
         self.batches_per_epoch = batches_per_epoch
+        if settings.freeze == "backbone":
+            freeze_backbone(model)
+        self._trained = trained_parts(model, settings)
         self._distributed = None
         if world_size() > 1:
             self._distributed = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -56,9 +62,8 @@ class Training:
         self.ema = ModelEmaV3(model, decay=settings.ema_decay, use_warmup=settings.ema_warmup)
         # The tensors are listed once. timm's own update builds both state dicts in every step, and
         # that takes as long as the average itself.
-        pairs = zip(self.ema.module.state_dict().values(), model.state_dict().values(), strict=True)
-        floating = [pair for pair in pairs if pair[0].is_floating_point()]
-        self._averages, self._sources = ([pair[which] for pair in floating] for which in (0, 1))
+        averaged = trained_parts(self.ema.module, settings)
+        self._averages, self._sources = map(_floating, (averaged, self._trained))
         self.running_prior: RunningPrior | None = None
         if settings.running_prior:
             num_classes: int = model.num_classes  # type: ignore[assignment]  # timm's models say
@@ -85,6 +90,8 @@ class Training:
     def step(self, images: Tensor, targets: Tensor) -> Tensor:
         """Take this rank's normalised images (B, 3, S, S) and targets (B, C) into a step.
 
+        A model that takes features (`heads.take_features`) is given those, (B, F).
+
         The last of `settings.accumulate` batches, or of an epoch, ends it: the weights are updated
         by the gradient of all of its batches together.
 
@@ -99,8 +106,9 @@ class Training:
             self._batches == self.settings.accumulate
             or self.batches + self._batches == self.batches_per_epoch
         )
-        if not self.model.training:  # to ask is free, to tell every layer takes a millisecond
-            self.model.train()
+        for part in self._trained:
+            if not part.training:  # to ask is free, to tell every layer takes a millisecond
+                part.train()
         # Only the last backward pass of a step sums the gradients over the ranks.
         with self._distributed.no_sync() if self._distributed and not last else nullcontext():
             amp = self.precision is not None
@@ -176,8 +184,9 @@ class Training:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next step."""
-        return float(self.schedule.get_last_lr()[0])
+        """The learning rate of the next step, before `head_lr_scale` and `layer_decay`."""
+        first = self.optimizer.param_groups[0]
+        return float(first["lr"] * (self.settings.lr / first["max_lr"]))
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """The averaged and the regular state dict, as "ema" and "regular"."""
@@ -211,6 +220,17 @@ class Training:
         self.steps = state["steps"]
 
 
+def trained_parts(model: nn.Module, settings: StepSettings) -> list[nn.Module]:
+    """What of a model is trained: all of it, or its heads alone."""
+    return heads_of(model) if settings.freeze == "backbone" else [model]
+
+
+def _floating(parts: Iterable[nn.Module]) -> list[Tensor]:
+    """What of the parts can be averaged."""
+    tensors = chain.from_iterable(part.state_dict().values() for part in parts)
+    return [tensor for tensor in tensors if tensor.is_floating_point()]
+
+
 def checkpoint_activations(model: nn.Module) -> None:
     """Let a timm model compute most of its activations again in the backward pass, to save memory.
 
@@ -239,20 +259,47 @@ def _statistics_kept(layers: Sequence[_BatchNorm]) -> Iterator[None]:
 
 
 def create_optimizer(model: nn.Module, settings: StepSettings) -> torch.optim.Optimizer:
-    """Adam or AdamW with the official parameter groups: no decay of biases and 1-d parameters."""
-    groups: tuple[list[Tensor], list[Tensor]] = ([], [])
+    """Adam or AdamW with the official parameter groups: no decay of biases and 1-d parameters.
+
+    With `head_lr_scale` and `layer_decay` each of the two becomes one group per learning rate.
+    Raises `UsageError` for a model in which timm knows no layers.
+    """
+    scales = _lr_scales(model, settings)
+    groups: dict[tuple[bool, float], list[Tensor]] = {(False, 1.0): [], (True, 1.0): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[parameter.ndim > 1 and not name.endswith(".bias")].append(parameter)
+            decays = parameter.ndim > 1 and not name.endswith(".bias")
+            groups.setdefault((decays, scales.get(parameter, 1.0)), []).append(parameter)
     kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
     return kind(
         [
-            {"params": groups[False], "weight_decay": 0.0},
-            {"params": groups[True], "weight_decay": settings.weight_decay},
+            {
+                "params": groups[decays, scale],
+                "weight_decay": settings.weight_decay if decays else 0.0,
+                "lr": settings.lr * scale,
+            }
+            for decays, scale in sorted(groups)
         ],
         lr=settings.lr,
         fused=True,
     )
+
+
+def _lr_scales(model: nn.Module, settings: StepSettings) -> dict[Tensor, float]:
+    """The learning rate of parameters as a multiple of `settings.lr`, where it may be another."""
+    scales = dict[Tensor, float]()
+    if settings.layer_decay is not None:
+        for group in param_groups_layer_decay(model, layer_decay=settings.layer_decay):
+            scales |= dict.fromkeys(group["params"], group["lr_scale"])
+        if settings.layer_decay < 1 and len(set(scales.values())) < 2:
+            raise UsageError(
+                f"{type(model).__name__} has no layer_decay: timm does not know its layers"
+            )
+    if settings.head_lr_scale != 1:
+        for head in heads_of(model):
+            for parameter in head.parameters():
+                scales[parameter] = scales.get(parameter, 1.0) * settings.head_lr_scale
+    return scales
 
 
 def create_schedule(
@@ -264,7 +311,7 @@ def create_schedule(
     one_step = math.isclose(settings.pct_start * total, 1)
     return torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
-        max_lr=settings.lr,
+        max_lr=[group["lr"] for group in optimizer.param_groups],
         total_steps=total,
         pct_start=1.001 / total if one_step else settings.pct_start,
     )
