@@ -27,7 +27,7 @@ class FeatureBatches:
         device: torch.device = CPU,
     ) -> None:
         self._sampler = RankSampler(len(annotations), batch_size, shuffle, seed)
-        self._features, self._pin_memory = features, device.type == "cuda"
+        self.features, self._pin_memory = features, device.type == "cuda"
         self.annotations = annotations
         self.batch_size, self.batch_size_per_rank = batch_size, self._sampler.per_rank
         self.waited = 0.0  # it is all there
@@ -40,7 +40,7 @@ class FeatureBatches:
         self._sampler.set_epoch(epoch, start)
         for share in self._sampler:
             labels = [self.annotations.labels(row) for row in share.indices.tolist()]
-            features, targets = self._features[share.indices], torch.from_numpy(np.stack(labels))
+            features, targets = self.features[share.indices], torch.from_numpy(np.stack(labels))
             if self._pin_memory:
                 features, targets = features.pin_memory(), targets.pin_memory()
             yield Batch(features, targets[: share.num_targets])
