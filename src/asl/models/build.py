@@ -58,9 +58,7 @@ def create_model(
         set_bottleneck_head(model, num_classes)
     init_heads(model)
     if head == "ml_decoder":  # after that: it begins as large as the official one
-        usual: Any = model.pretrained_cfg
-        size = options.get("img_size", usual["input_size"][-1])
-        set_ml_decoder_head(model, num_classes, size)
+        set_ml_decoder_head(model, num_classes, options.get("img_size"))
     return keep_channels_last(model)
 
 

@@ -51,7 +51,7 @@ def set_bottleneck_head(model: nn.Module, num_classes: int) -> None:
     model.set_submodule(names[0], BottleneckHead(linear.in_features, num_classes))
 
 
-def set_ml_decoder_head(model: nn.Module, num_classes: int, image_size: int) -> None:
+def set_ml_decoder_head(model: nn.Module, num_classes: int, image_size: int | None) -> None:
     """Put an `MLDecoder` in the place of the model's pooling and of its head.
 
     It gets the whole last map, or all tokens. Class and register tokens are among them: the class
@@ -59,8 +59,8 @@ def set_ml_decoder_head(model: nn.Module, num_classes: int, image_size: int) -> 
     What a model has between pooling and head, as MobileNets have a convolution, stays where timm
     can apply it to each pixel.
 
-    `image_size` is one that the model takes. Raises `UsageError` for a model that has several
-    heads, or whose features are neither a map nor tokens.
+    `image_size` is one that the model takes, or None for timm's own. Raises `UsageError` for a
+    model that has several heads, or whose features are neither a map nor tokens.
     """
     names, timm_model = head_names(model), _timm(model)
     refusal = f"{_config(model)['architecture']} can have no ML-Decoder head"
@@ -68,7 +68,7 @@ def set_ml_decoder_head(model: nn.Module, num_classes: int, image_size: int) -> 
         raise UsageError(f"{refusal}: it has {len(names) or 'no'} linear heads, not one")
     try:
         place, width = _unpool(model, names[0])
-        shape = _output_shape(model, image_size)
+        shape = _output_shape(model, image_size or _config(model)["input_size"][-1])
     except Exception as error:  # timm's families fail in many ways
         raise UsageError(f"{refusal}: {str(error).partition(chr(10))[0]}") from error
     channels_last = shape[-1] == width

@@ -96,10 +96,9 @@ class _CrossAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
-        sizes = [WIDTH, 2 * WIDTH]
-        weights, biases = self.in_proj_weight.split(sizes), self.in_proj_bias.split(sizes)
-        query = linear(queries, weights[0], biases[0])
-        key, value = linear(tokens, weights[1], biases[1]).chunk(2, dim=-1)
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        query = linear(queries, weight[:WIDTH], bias[:WIDTH])
+        key, value = linear(tokens, weight[WIDTH:], bias[WIDTH:]).chunk(2, dim=-1)
         query, key, value = (
             each.view(len(tokens), -1, ATTENTION_HEADS, WIDTH // ATTENTION_HEADS).transpose(1, 2)
             for each in (query, key, value)
