@@ -96,9 +96,9 @@ class Rehearsed:
     def __init__(self):
         self._rehearsal = Rehearsal()
 
-    def model(self, name):
+    def model(self, name, head="linear"):
         with torch.device("meta"):  # no time for random weights
-            model = create_model(name, CLASSES, image_size=SIZE)
+            model = create_model(name, CLASSES, head, image_size=SIZE)
         return self.module(place(model, torch.device("meta")))
 
     def module(self, module):
@@ -117,8 +117,8 @@ class OnDevice:
     def __init__(self, without_waiting):
         self._without_waiting = without_waiting
 
-    def model(self, name):
-        return place(create_model(name, CLASSES, image_size=SIZE), CUDA)
+    def model(self, name, head="linear"):
+        return place(create_model(name, CLASSES, head, image_size=SIZE), CUDA)
 
     def module(self, module):
         return module.to(CUDA)
@@ -207,9 +207,9 @@ def test_loss_of_one_label(stage):
         assert gradients_of(ASLSingleLabel(), targets, stage).device == CUDA
 
 
-def trained(stage, name="test_resnet", loss=None, amp="off", steps=4, **settings):
+def trained(stage, name="test_resnet", loss=None, amp="off", steps=4, head="linear", **settings):
     """The `Training` after some steps, from pixels on the host; the last has fewer targets."""
-    model, loss = stage.model(name), stage.module(loss or create_loss(LossSettings()))
+    model, loss = stage.model(name, head), stage.module(loss or create_loss(LossSettings()))
     with stage.on():
         prepare = preparation(*normalization(model), CUDA, PRECISIONS[amp])
         training = Training(
@@ -251,6 +251,11 @@ STEPS = {
     "a running prior": {"running_prior": True},
     "activations computed again": {"checkpoint_activations": True},
     "activations computed again in bfloat16": {"checkpoint_activations": True, "amp": "bf16"},
+    "ML-Decoder": {"head": "ml_decoder"},
+    "ML-Decoder and activations computed again": {
+        **{"head": "ml_decoder", "name": "test_vit"},
+        **{"checkpoint_activations": True, "amp": "bf16"},
+    },
 }
 
 
@@ -278,6 +283,14 @@ LARGE = {"tresnet_l", "tresnet_xl"}  # tresnet_m is built of the same blocks
 )
 def test_model(name, amp, stage):
     training = trained(stage, name, amp=amp, steps=1)
+    assert len(validated(training, stage, amp)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "amp"), [("tresnet_m", "bf16"), *[("test_vit", amp) for amp in PRECISIONS]]
+)
+def test_ml_decoder(name, amp, stage):
+    training = trained(stage, name, amp=amp, steps=2, head="ml_decoder")
     assert len(validated(training, stage, amp)) == 2
 
 

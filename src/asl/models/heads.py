@@ -60,26 +60,42 @@ def set_ml_decoder_head(model: nn.Module, num_classes: int, image_size: int | No
     can apply it to each pixel.
 
     `image_size` is one that the model takes, or None for timm's own. Raises `UsageError` for a
-    model that has several heads, or whose features are neither a map nor tokens.
+    model that has several heads, whose features are neither a map nor tokens, or that changes what
+    its head returns.
     """
     names, timm_model = head_names(model), _timm(model)
     refusal = f"{_config(model)['architecture']} can have no ML-Decoder head"
     if len(names) != 1:
         raise UsageError(f"{refusal}: it has {len(names) or 'no'} linear heads, not one")
+    witness = _Witness(num_classes)
     try:
         place, width = _unpool(model, names[0])
-        shape = _output_shape(model, image_size or _config(model)["input_size"][-1])
+        model.set_submodule(place, witness)
+        logits = _output_shape(model, image_size or _config(model)["input_size"][-1])
     except Exception as error:  # timm's families fail in many ways
         raise UsageError(f"{refusal}: {str(error).partition(chr(10))[0]}") from error
-    channels_last = shape[-1] == width
-    if len(shape) not in (3, 4) or not (channels_last or (len(shape) == 4 and shape[1] == width)):
-        raise UsageError(f"{refusal}: of two images it makes {list(shape)}, no map and no tokens")
+    seen, channels_last = witness.seen, witness.seen[-1] == width
+    is_map = len(seen) == 4 and width in (seen[1], seen[3])
+    if not (is_map or (len(seen) == 3 and channels_last)) or logits != (2, num_classes):
+        raise UsageError(f"{refusal}: of two images it gives it {[*seen]}, no map and no tokens")
     model.set_submodule(place, MLDecoder(width, num_classes, channels_last=channels_last))
     timm_model.num_classes = num_classes
 
 
+class _Witness(nn.Module):
+    """Stands where a head will, and has `seen` the shape of its features."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes, self.seen = num_classes, torch.Size([0])
+
+    def forward(self, features: Tensor) -> Tensor:
+        self.seen = features.shape
+        return features.new_zeros(len(features), self.num_classes)
+
+
 def _unpool(model: nn.Module, head: str) -> tuple[str, int]:
-    """Let a model return features, not logits: the place of a new head, and its input's width."""
+    """Take a model's pooling and head away: where a new head goes, and the width of its input."""
     timm_model = _timm(model)
     width: int = timm_model.head_hidden_size
     try:
