@@ -27,11 +27,10 @@ from asl.distributed import pick_device
 from asl.models.build import create_model, place
 from asl.models.settings import Head
 from asl.training.loss import create_loss
-from asl.training.memory import GB, GPU, growth
+from asl.training.memory import GB, GPU, estimate
 from asl.training.settings import TrainConfig
 
 CLASSES = (80, 601, 9605)  # MS-COCO, the boxes and the image labels of Open Images
-MB = 10**6
 
 
 def passes(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Callable[[], None]:
@@ -67,13 +66,13 @@ def rows(name: str, num_classes: int, args: argparse.Namespace) -> list[str]:
     lines = []
     for head, model in models.items():
         config = TrainConfig.of(model_name=name, image_size=224, head=head)
-        grown = growth(config, model, create_loss(config.loss), GPU, 64)
+        memory = estimate(config, model, create_loss(config.loss), GPU, 64)
         cells = [f"{num_classes:,}", head]
         cells.append(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}")
         for times in (alone, whole):
             each = 1e3 * statistics.median(times[head]) / args.batch_size
             cells += [f"{each:.2f}", f"{ratio(times['linear'], times[head]):.2f}"]
-        cells += [f"{grown.memory.of_gpu / GB:.2f}", f"{grown.per_image / MB:.1f}"]
+        cells += [f"{memory.of_gpu / GB:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -82,15 +81,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="tresnet_m")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     where = torch.cuda.get_device_name() if args.device != "cpu" else platform.machine()
     print(f"{where}, torch {torch.__version__}, {args.model}, {args.batch_size} x 224 px\n")
     columns = ["classes", "head", "million parameters", "head, ms per image", "x linear"]
-    columns += ["model, ms per image", "x linear", "GPU for 64 images, GB", "MB per image more"]
+    columns += ["model, ms per image", "x linear", "GPU for 64 images, GB"]
     print(f"| {' | '.join(columns)} |\n| ---: | --- |{' ---: |' * (len(columns) - 2)}")
     for num_classes in CLASSES:
         print("\n".join(rows(args.model, num_classes, args)), flush=True)
