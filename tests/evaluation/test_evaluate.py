@@ -171,14 +171,30 @@ def test_a_score_at_the_threshold_is_not_predicted(labelling, scorer, small_shap
         assert label["predicted"] is predicted
 
 
-def test_an_official_open_images_checkpoint_has_the_bottleneck_head(labelling, tmp_path):
-    model = create_model("test_resnet", 5, "bottleneck")
+def test_a_run_with_an_ml_decoder_is_measured_as_it_was_validated(
+    settings, measuring, small_shapes, tmp_path
+):
+    run = fit(settings(small_shapes, tmp_path / "run", head="ml_decoder", epochs=1))
+    measured = evaluate(measuring(small_shapes, run / "best.pt", head="ml_decoder"))
+    row = json.loads((run / "metrics.jsonl").read_text())
+    best = max(row["mAP_ema"], row["mAP_regular"])
+    assert measured["mAP"] == pytest.approx(best, abs=1e-3)
+
+
+@pytest.mark.parametrize("head", ["bottleneck", "ml_decoder"])
+def test_an_official_open_images_checkpoint_has_the_bottleneck_head_if_none_is_named(
+    head, labelling, tmp_path
+):
+    model = create_model("test_resnet", 5, head)
     names = {number: f"/m/{number}" for number in range(5)}
     about = {"model": model.state_dict(), "num_classes": 5, "idx_to_class": names}
     checkpoint.save(tmp_path / "official.pth", about)
     from PIL import Image
 
     Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
-    config = labelling(tmp_path / "a.png", tmp_path / "official.pth", dataset_type="OpenImages")
+    named = {} if head == "bottleneck" else {"head": head}
+    config = labelling(
+        tmp_path / "a.png", tmp_path / "official.pth", dataset_type="OpenImages", **named
+    )
     [prediction] = predict(config)
     assert {label["name"] for label in prediction["labels"]} == {*names.values()}

@@ -114,6 +114,12 @@ CHECKPOINTS = {
         "another model",
     ),
     "other head": ("infer --head bottleneck", 1, "--head"),
+    "a decoder where there is none": ("infer --head ml_decoder", 1, "--head"),
+    "a decoder for a model that cannot have it": (
+        "train coco --head ml_decoder --model-name deit_tiny_distilled_patch16_224",
+        2,
+        "deit_tiny_distilled_patch16_224 can have no ML-Decoder head",
+    ),
     "other head by data set": ("infer --dataset-type OpenImages", 1, "--head"),
     "missing keys": ("infer", 1, "tensors", weights(lambda state: state.pop(FIRST))),
     "wrong shapes": (

@@ -29,6 +29,7 @@ def seasoned(model, images):
     ("name", "head", "left"),
     [
         ("tresnet_m", "bottleneck", 0),
+        ("tresnet_m", "ml_decoder", 0),
         ("resnet18", "linear", 0),
         ("efficientnet_lite0", "linear", 0),
         ("tf_efficientnet_lite0", "linear", 0),  # convolutions that pad as TensorFlow does
@@ -134,6 +135,21 @@ def test_heads_compute_in_float32_whatever_the_backbone_does(name, head):
     [features] = received
     assert logits.dtype == torch.float32
     assert torch.equal(logits, plain(features.float()))
+
+
+def test_an_ml_decoder_makes_its_logits_in_float32_and_all_before_as_the_backbone_does():
+    model = for_inference(create_model("test_resnet", 150, "ml_decoder"))
+    decoder, seen = model.fc.decoder, {}
+    for name in ("embed_standart", "layers.0.linear2", "layers.0"):
+        layer = decoder.get_submodule(name)
+        layer.register_forward_hook(lambda _, __, output, name=name: seen.update({name: output}))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(torch.rand(3, 3, 64, 64))
+    assert seen["embed_standart"].dtype == seen["layers.0.linear2"].dtype == torch.bfloat16
+    assert logits.dtype == torch.float32
+    each = torch.einsum("bqw,qwn->bqn", seen["layers.0"].float(), decoder.duplicate_pooling)
+    expected = each.flatten(1)[:, :150] + decoder.duplicate_pooling_bias
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
 def test_a_model_that_computed_activations_again_no_longer_does():

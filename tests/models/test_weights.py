@@ -17,6 +17,7 @@ from asl.models.weights import load_weights, new_model, trained_model
 
 TESTS = Path(__file__).parents[1]
 GOLDEN = json.loads((TESTS / "golden" / "tresnet.json").read_text())
+DECODERS = json.loads((TESTS / "golden" / "mldecoder.json").read_text())
 WEIGHTS = Path(os.environ.get("ASL_WEIGHTS_ROOT", TESTS.parents[1] / "shared/data/weights"))
 SMALL = "resnet10t"  # 5 M weights: quick to build and to save
 
@@ -34,9 +35,9 @@ def created_and_filled(name, num_classes, path, head="linear", image_size=None, 
     return model, load_weights(model, path, **options)
 
 
-def official_tensor(name, shape):
-    """Draw one tensor by its name, as tests/golden/README.md says the golden ones were."""
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+def official_tensor(name, shape, salt=""):
+    """Draw one tensor by its name, as the golden ones were."""
+    generator = torch.Generator().manual_seed(zlib.crc32((salt + name).encode()))
     if name.endswith("running_var"):
         return 0.5 + torch.rand(shape, generator=generator)
     tensor = torch.randn(shape, generator=generator)
@@ -45,9 +46,9 @@ def official_tensor(name, shape):
     return tensor if name.endswith(".weight") else 0.1 * tensor
 
 
-def official_file(folder, case):
+def official_file(folder, case, salt=""):
     """Write a golden model the way the official training code did."""
-    weights = {name: official_tensor(name, shape) for name, shape in case["params"].items()}
+    weights = {name: official_tensor(name, shape, salt) for name, shape in case["params"].items()}
     path = folder / "official.pth"
     content = {
         "model": weights,
@@ -78,6 +79,33 @@ def test_official_tresnet_files_give_the_official_logits(case, tmp_path):
     assert loaded.matched == len(case["params"])
     assert not loaded.fresh
     assert not loaded.left_out
+
+
+@pytest.mark.parametrize("case", DECODERS["models"].values(), ids=DECODERS["models"])
+def test_official_files_with_an_ml_decoder_give_the_official_logits(case, tmp_path):
+    path = official_file(tmp_path, case, DECODERS["salt"])
+    name, num_classes = case["model"], int(case["num_classes"])
+    model, loaded = created_and_filled(name, num_classes, path, "ml_decoder", fresh_head=False)
+    linear, without = created_and_filled(name, num_classes, path)
+    path.unlink()
+
+    side = int(case["image_size"])
+    images = ((torch.arange(2 * 3 * side * side) % 251) / 250).view(2, 3, side, side)
+    with torch.inference_mode():
+        logits = model.eval()(images)
+        folded = fold_batchnorm(model)(images)
+
+    expected = torch.tensor(case["logits"])
+    torch.testing.assert_close(logits[:, : expected.shape[1]], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(folded, logits, rtol=0, atol=1e-4)
+    assert loaded.matched == len(case["params"])
+    assert not loaded.fresh
+    assert not loaded.left_out
+    queries = min(100, num_classes)
+    theirs = f"{num_classes} classes (ml_decoder, {queries} queries)"
+    assert f"a head for {theirs}, the model's is for {num_classes} classes (linear)" in str(without)
+    assert without.fresh == ("head.fc.weight", "head.fc.bias")
+    assert linear.head.fc.weight.std().item() == pytest.approx(0.01, rel=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +167,18 @@ def test_a_head_of_another_kind_is_left_out(official_m):
     assert len(loaded.fresh) == 4
 
 
+def test_an_ml_decoder_begins_on_the_body_of_a_file_with_another_head(official_m, tmp_path):
+    model, loaded = created_and_filled("tresnet_m", 20, official_m, head="ml_decoder")
+    assert "80 classes (linear), the model's is for 20 classes (ml_decoder, 20 queries)" in str(
+        loaded
+    )
+    assert set(loaded.fresh) == {f"head.fc.{name}" for name in model.head.fc.state_dict()}
+    checkpoint.save(tmp_path / "own.pth", {"model": model.state_dict(), "num_classes": 20})
+    _, again = created_and_filled("tresnet_m", 20, tmp_path / "own.pth", "ml_decoder")
+    assert not again.fresh
+    assert not again.left_out
+
+
 def test_a_file_without_a_head_fills_the_body(small_file, tmp_path):
     weights = torch.load(small_file)
     backbone = {name: tensor for name, tensor in weights.items() if not name.startswith("fc.")}
@@ -161,7 +201,7 @@ def test_tensors_that_the_model_does_not_have_are_left_out_and_said_so(small_fil
     assert not loaded.fresh
 
 
-@pytest.mark.parametrize("head", ["linear", "bottleneck"])
+@pytest.mark.parametrize("head", ["linear", "bottleneck", "ml_decoder"])
 def test_every_value_of_a_file_is_in_the_model(head, tmp_path):
     original = create_model(SMALL, 20, head)
     for tensor in original.buffers():

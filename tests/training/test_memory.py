@@ -37,10 +37,10 @@ def config_of(**settings):
     return TrainConfig.of(**{**usual, **settings})
 
 
-def estimated(batch_size=16, device=GPU, **settings):
+def estimated(batch_size=16, device=GPU, num_classes=24, **settings):
     config = config_of(**settings)
     name, size = config.model.model_name, config.images.image_size
-    model = place(create_model(name, 24, image_size=size), CPU)
+    model = place(create_model(name, num_classes, config.model.head, image_size=size), CPU)
     return estimate(config, model, create_loss(config.loss), device, batch_size)
 
 
@@ -96,6 +96,24 @@ def test_the_settings_that_save_memory_save_it():
     kept, less = (estimated(64, **vit, checkpoint_activations=again) for again in (False, True))
     assert less.activations < 0.6 * kept.activations
     assert less.weights == kept.weights
+
+
+def test_an_ml_decoder_of_9605_classes_is_rehearsed_without_a_gpu():
+    of_heads = {}
+    for head in ("linear", "ml_decoder"):
+        small, large = (estimated(count, head=head, num_classes=9605) for count in (16, 32))
+        of_heads[head] = large, (large.activations - small.activations) / 16
+    (linear, linear_each), (decoder, each) = of_heads["linear"], of_heads["ml_decoder"]
+    pooling = (100 * 768 * 97, 9605)
+    embedding, queries, norms = (96 * 768, 768), (100 * 768,), 6 * (768,)
+    attention = (3 * 768 * 768, 3 * 768, 768 * 768, 768)
+    feed_forward = (768 * 2048, 2048, 2048 * 768, 768)
+    trained = (*embedding, *norms, *attention, *feed_forward, *pooling)
+    dense = in_blocks(96 * 9605, 9605)
+    assert decoder.weights - linear.weights == in_blocks(*trained, *queries) - dense
+    assert decoder.gradients - linear.gradients == in_blocks(*trained) - dense
+    # Above the logits, which both have: some tensors of 100 x 768 and of 100 x 2048 an image.
+    assert 100 * 2048 * 4 < each - linear_each < 30 * 100 * 768 * 4
 
 
 def test_accumulated_gradients_are_there_in_the_forward_pass():

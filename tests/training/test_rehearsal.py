@@ -103,9 +103,9 @@ class Rehearsed:
     def __init__(self):
         self._rehearsal = Rehearsal()
 
-    def model(self, name, drop_path=None):
+    def model(self, name, head="linear", drop_path=None):
         with torch.device("meta"):  # no time for random weights
-            model = create_model(name, CLASSES, image_size=SIZE, drop_path=drop_path)
+            model = create_model(name, CLASSES, head, image_size=SIZE, drop_path=drop_path)
         return self.module(place(model, torch.device("meta")))
 
     def module(self, module):
@@ -124,8 +124,9 @@ class OnDevice:
     def __init__(self, without_waiting):
         self._without_waiting = without_waiting
 
-    def model(self, name, drop_path=None):
-        return place(create_model(name, CLASSES, image_size=SIZE, drop_path=drop_path), CUDA)
+    def model(self, name, head="linear", drop_path=None):
+        model = create_model(name, CLASSES, head, image_size=SIZE, drop_path=drop_path)
+        return place(model, CUDA)
 
     def module(self, module):
         return module.to(CUDA)
@@ -239,9 +240,10 @@ def test_loss_of_one_label(stage):
         assert gradients_of(ASLSingleLabel(), targets, stage).device == CUDA
 
 
-def trained(stage, name="test_resnet", loss=None, amp="off", steps=4, drop_path=None, **settings):
+def trained(stage, name="test_resnet", loss=None, amp="off", steps=4, **settings):
     """The `Training` after some steps, from pixels on the host; the last has fewer targets."""
-    model, loss = stage.model(name, drop_path), stage.module(loss or create_loss(LossSettings()))
+    of_model = {key: settings.pop(key) for key in ("head", "drop_path") if key in settings}
+    model, loss = stage.model(name, **of_model), stage.module(loss or create_loss(LossSettings()))
     with stage.on():
         prepare = preparation(*normalization(model), CUDA, PRECISIONS[amp])
         training = Training(
@@ -300,6 +302,11 @@ STEPS = {
         **{"freeze": "backbone", "amp": "bf16", "grad_clip": 1.0, "running_prior": True}
     },
     "activations computed again in bfloat16": {"checkpoint_activations": True, "amp": "bf16"},
+    "ML-Decoder": {"head": "ml_decoder"},
+    "ML-Decoder and activations computed again": {
+        **{"head": "ml_decoder", "name": "test_vit"},
+        **{"checkpoint_activations": True, "amp": "bf16"},
+    },
 }
 
 
@@ -354,6 +361,14 @@ LARGE = {"tresnet_l", "tresnet_xl"}  # tresnet_m is built of the same blocks
 )
 def test_model(name, amp, stage):
     training = trained(stage, name, amp=amp, steps=1)
+    assert len(validated(training, stage, amp)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "amp"), [("tresnet_m", "bf16"), *[("test_vit", amp) for amp in PRECISIONS]]
+)
+def test_ml_decoder(name, amp, stage):
+    training = trained(stage, name, amp=amp, steps=2, head="ml_decoder")
     assert len(validated(training, stage, amp)) == 2
 
 

@@ -23,7 +23,7 @@ def predict(config: InferConfig) -> list[dict[str, Any]]:
     wanted, model = config.evaluation, config.model
     if not wanted.pic_path:
         raise UsageError("name an image or a folder of images: --pic-path")
-    if wanted.dataset_type == "OpenImages":
+    if wanted.dataset_type == "OpenImages" and model.head == "linear":
         model = model.replace(head="bottleneck")
     with process_group(pick_device(config.run.device)) as device:
         scorer = Scorer.load(model, config.images, config.run, device)

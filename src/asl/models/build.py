@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from asl.errors import DataError, UsageError
-from asl.models.heads import init_heads, set_bottleneck_head
+from asl.models.heads import init_heads, set_bottleneck_head, set_ml_decoder_head
 from asl.models.layout import keep_channels_last
 from asl.models.settings import Head
 
@@ -66,6 +66,8 @@ def create_model(
     if head == "bottleneck":
         set_bottleneck_head(model, num_classes)
     init_heads(model)
+    if head == "ml_decoder":  # after that: it begins as large as the official one
+        set_ml_decoder_head(model, num_classes, options.get("img_size"))
     return keep_channels_last(model)
 
 

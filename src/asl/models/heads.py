@@ -1,4 +1,4 @@
-"""Heads: the layers at the end of a model that map pooled features to logits.
+"""Heads: the layers at the end of a model that map features to logits.
 
 And models in two: a frozen backbone, what it gives to the head, and the head alone.
 """
@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from asl.errors import UsageError
+from asl.models.ml_decoder import MLDecoder
 
 
 class BottleneckHead(nn.Module):
@@ -32,9 +34,9 @@ class BottleneckHead(nn.Module):
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
-    """The names of a timm model's heads: one for most, two for a distilled transformer."""
-    config: Any = model.pretrained_cfg
-    names = config.get("classifier") or ()
+    """The names of a model's heads: one for most, two for timm's distilled transformers."""
+    decoders = [name for name, part in model.named_modules() if isinstance(part, MLDecoder)]
+    names = decoders or _config(model).get("classifier") or ()
     return (names,) if isinstance(names, str) else tuple(names)
 
 
@@ -109,15 +111,83 @@ def set_bottleneck_head(model: nn.Module, num_classes: int) -> None:
     names = head_names(model)
     linear = model.get_submodule(names[0]) if len(names) == 1 else None
     if not isinstance(linear, nn.Linear):
-        config: Any = model.pretrained_cfg
         raise UsageError(
-            f"{config['architecture']} does not end in a linear layer: it has no bottleneck head"
+            f"{_config(model)['architecture']} does not end in a linear layer: "
+            "it has no bottleneck head"
         )
     model.set_submodule(names[0], BottleneckHead(linear.in_features, num_classes))
 
 
+def set_ml_decoder_head(model: nn.Module, num_classes: int, image_size: int | None) -> None:
+    """Put an `MLDecoder` in the place of the model's pooling and of its head.
+
+    It gets the whole last map, or all tokens. Class and register tokens are among them: the class
+    token is what most pretrained transformers were trained by, and a query need not look at it.
+    What a model has between pooling and head, as MobileNets have a convolution, stays where timm
+    can apply it to each pixel.
+
+    `image_size` is one that the model takes, or None for timm's own. Raises `UsageError` for a
+    model that has several heads, whose features are neither a map nor tokens, or that changes what
+    its head returns.
+    """
+    names, timm_model = head_names(model), _timm(model)
+    refusal = f"{_config(model)['architecture']} can have no ML-Decoder head"
+    if len(names) != 1:
+        raise UsageError(f"{refusal}: it has {len(names) or 'no'} linear heads, not one")
+    witness = _Witness(num_classes)
+    try:
+        place, width = _unpool(model, names[0])
+        model.set_submodule(place, witness)
+        _run_without_values(model, image_size or _config(model)["input_size"][-1])
+    except Exception as error:  # timm's families fail in many ways
+        raise UsageError(f"{refusal}: {str(error).partition(chr(10))[0]}") from error
+    seen, channels_last = witness.seen, witness.seen[-1] == width
+    is_map = len(seen) == 4 and width in (seen[1], seen[3])
+    if not (is_map or (len(seen) == 3 and channels_last)):
+        raise UsageError(f"{refusal}: of two images it gives it {[*seen]}, no map and no tokens")
+    model.set_submodule(place, MLDecoder(width, num_classes, channels_last=channels_last))
+    timm_model.num_classes = num_classes
+
+
+class _Witness(nn.Module):
+    """Stands where a head will, and has `seen` the shape of its features."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes, self.seen = num_classes, torch.Size([0])
+
+    def forward(self, features: Tensor) -> Tensor:
+        self.seen = features.shape
+        return features.new_zeros(len(features), self.num_classes)
+
+
+def _unpool(model: nn.Module, head: str) -> tuple[str, int]:
+    """Take a model's pooling and head away: where a new head goes, and the width of its input."""
+    timm_model = _timm(model)
+    width: int = timm_model.head_hidden_size
+    try:
+        timm_model.reset_classifier(0, "")
+    except AssertionError:  # "Cannot disable pooling": it goes with all that comes after it
+        place, width = head.partition(".")[0], timm_model.num_features
+        model.set_submodule(place, nn.Identity())
+        return place, width
+    # Some heads of several layers are one Identity now.
+    left = {name for name, _ in model.named_modules()}
+    while head not in left:
+        head = head.rpartition(".")[0]
+    return head, width
+
+
+def _run_without_values(model: nn.Module, image_size: int) -> None:
+    """Give the model two images that have a shape alone: nothing is computed, or changed in it."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    shapes = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    images = torch.empty(2, 3, image_size, image_size, device="meta")
+    functional_call(model, shapes, images)
+
+
 def init_heads(model: nn.Module) -> None:
-    """Draw the weights of the heads from N(0, 0.01), biases 0, as the official TResNet code does.
+    """Draw the weights of linear heads from N(0, 0.01), biases 0, as the official code does.
 
     Some of timm's heads begin ten times as large (EfficientNet). Under a loss that is summed over
     classes, the first steps then undo what the backbone has learned (VOC 2007 at 160 px: 59 mAP,
@@ -131,8 +201,36 @@ def init_heads(model: nn.Module) -> None:
                     nn.init.zeros_(layer.bias)
 
 
+def with_timm_names(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The tensors, with those of an ML-Decoder under the name that the model's head has.
+
+    The official code puts the decoder in the place of pooling and head together (`head`), timm's
+    TResNet has the two apart (`head.fc` is the head).
+    """
+    renamed = dict(state)
+    for head in head_names(model):
+        outer = head.partition(".")[0]
+        for name in state:
+            if name.startswith(f"{outer}.decoder."):
+                renamed[head + name.removeprefix(outer)] = renamed.pop(name)
+    return renamed
+
+
 def describe_head(shapes: Mapping[str, torch.Size]) -> str:
     """Kind and number of classes of the head that has tensors of these names and shapes."""
+    for name, shape in shapes.items():
+        if name.endswith(".decoder.duplicate_pooling"):
+            classes = shapes.get(f"{name}_bias", (0,))[0]
+            return f"{classes:,} classes (ml_decoder, {shape[0]} queries)"
     kind = "bottleneck" if any(".FC." in name for name in shapes) else "linear"
-    classes = [shape[0] for name, shape in shapes.items() if ".embedding_generator." not in name]
-    return f"{classes[0]:,} classes ({kind})" if classes else "no classes"
+    numbers = [shape[0] for name, shape in shapes.items() if ".embedding_generator." not in name]
+    return f"{numbers[0]:,} classes ({kind})" if numbers else "no classes"
+
+
+def _timm(model: nn.Module) -> Any:
+    """The model as what it is: timm's own models have no common type."""
+    return model
+
+
+def _config(model: nn.Module) -> Any:
+    return _timm(model).pretrained_cfg

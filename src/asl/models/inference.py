@@ -12,6 +12,7 @@ from torch.fx.experimental.optimization import matches_module_pattern
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from asl.models.heads import head_names
+from asl.models.ml_decoder import MLDecoder
 
 # Exact types: a subclass may do anything with its weights (StdConv2d standardises them).
 _PAIRS = list(product((nn.Conv2d, Conv2dSame), (nn.BatchNorm2d, BatchNormAct2d)))
@@ -26,7 +27,9 @@ def for_inference(model: nn.Module) -> nn.Module:
         model.set_grad_checkpointing(False)  # type: ignore[operator]  # of use in training alone
     fold_batchnorm(model)
     for name in head_names(model):
-        model.set_submodule(name, _InFloat32(model.get_submodule(name)))
+        head = model.get_submodule(name)
+        if not isinstance(head, MLDecoder):  # whose last product is in float32 as it is
+            model.set_submodule(name, _InFloat32(head))
     return model
 
 

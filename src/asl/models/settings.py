@@ -6,7 +6,7 @@ from pydantic import Field
 
 from asl.config import OptionalFloat, OptionalInt, Settings
 
-Head = Literal["linear", "bottleneck"]
+Head = Literal["linear", "bottleneck", "ml_decoder"]
 Weights = Literal["best", "ema", "regular"]
 
 
@@ -18,7 +18,7 @@ class ModelSettings(Settings):
     model_path: str = ""
     """file of weights: official, timm's or this project's"""
     head: Head = "linear"
-    """last layers: one linear, or the official Open Images one (512 wide)"""
+    """last layers: one linear, the official Open Images one (512 wide), or the ML-Decoder"""
     num_classes: Annotated[OptionalInt, Field(ge=1)] = None
     """an error if the data set or checkpoint has another number of classes"""
 

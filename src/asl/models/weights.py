@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from asl.errors import DataError, UsageError
 from asl.models import checkpoint
 from asl.models.build import create_model
-from asl.models.heads import describe_head, head_names
+from asl.models.heads import describe_head, head_names, with_timm_names
 from asl.models.settings import NewModelSettings, TrainedModelSettings, Weights
 
 # Blocks of the third stage, different in each TResNet: enough to tell whose weights a file holds.
@@ -103,6 +103,7 @@ def load_weights(
     that it belongs to, or the counts), or if it holds values that are not finite.
     """
     state, taken = _read(path, weights)
+    state = with_timm_names(state, model)
     own = model.state_dict()
     own_body, own_head = _shapes(own, model)
     body, head = _shapes(state, model)
