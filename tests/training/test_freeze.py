@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from asl.errors import UsageError
 from asl.models.build import create_model
-from asl.models.heads import head_names
+from asl.models.heads import freeze_backbone, head_names
 from asl.training.loss import create_loss
 from asl.training.settings import LossSettings, StepSettings
 from asl.training.step import Training, create_optimizer
@@ -186,3 +186,13 @@ def test_what_is_skipped_is_the_same_when_a_step_is_repeated():
 def test_a_model_without_branches_to_skip_is_an_error_of_usage():
     with pytest.raises(UsageError, match="ghostnet_050 has no branches that training could skip"):
         create_model("ghostnet_050", CLASSES, drop_path=0.1)
+
+
+def test_the_fixed_queries_of_an_ml_decoder_stay_fixed():
+    model = create_model("test_resnet", 5, "ml_decoder")
+    freeze_backbone(model)
+    [name] = head_names(model)
+    moving = {key for key, tensor in model.named_parameters() if tensor.requires_grad}
+    fixed = {f"{name}.{key}" for key, _ in model.get_submodule(name).named_parameters()} - moving
+    assert all(key.startswith(f"{name}.") for key in moving)
+    assert [key.rpartition("decoder.")[2] for key in fixed] == ["query_embed.weight"]

@@ -52,11 +52,15 @@ def freeze_backbone(model: nn.Module) -> None:
     """Leave a timm model's heads alone to be trained.
 
     The rest has no gradients, and is in eval mode: its running statistics stay as they are, and it
-    drops nothing.
+    drops nothing. What is fixed in a head, as the queries of an ML-Decoder are, stays so.
     """
+    heads = heads_of(model)
+    trained = [tensor for head in heads for tensor in head.parameters() if tensor.requires_grad]
     model.eval().requires_grad_(False)
-    for head in heads_of(model):
-        head.train().requires_grad_(True)
+    for head in heads:
+        head.train()
+    for tensor in trained:
+        tensor.requires_grad_(True)
 
 
 def without_head(model: nn.Module, image_size: int) -> nn.Module:
