@@ -125,6 +125,8 @@ def test_which_weights_decay_does_not_depend_on_it():
     usual, two = groups_by_decay(StepSettings(weight_decay=0.1))
     scaled, more = groups_by_decay(StepSettings(weight_decay=0.1, layer_decay=0.5, head_lr_scale=2))
     assert usual == scaled
+    assert {"head.bias", "norm.weight"} <= usual[0.0]
+    assert "head.weight" in usual[0.1]
     assert (two, more > 4) == (2, True)
 
 
