@@ -98,6 +98,7 @@ def test_it_can_be_stopped_while_features_are_computed(settings, before, small_s
     kill = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
     with before(2, features_module, "score", kill), pytest.raises(Interrupted):
         fit(config)
+    assert checkpoint.load(tmp_path / "run/last.pt")["training"]["steps"] == 0
     fit(config.with_settings(resume="last"))
     assert_same(fit(settings(small_shapes, tmp_path / "whole", **CACHED)), tmp_path / "run")
 
