@@ -29,7 +29,7 @@ lint: setup  ## ruff, its formatter and mypy, without changing anything
 	$(BIN)/mypy
 
 test: lint  ## lint, types and tests
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 bench: setup  ## every benchmark of a CPU: prints tables, takes a while
 	@for each in $(filter-out bench/gpu%,$(wildcard bench/*.py)); do echo "## $$each"; $(BIN)/python $$each || exit 1; done

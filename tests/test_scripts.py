@@ -12,6 +12,9 @@ from PIL import Image
 
 from asl.models import checkpoint
 
+# Side by side, each worker would train a model of its own for its share of the tests.
+pytestmark = pytest.mark.xdist_group("scripts")
+
 REPOSITORY = Path(__file__).parent.parent
 SMALL = (
     *("--model-name", "test_resnet", "--image-size", "64", "--batch-size", "8", "--workers", "1"),

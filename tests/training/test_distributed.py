@@ -30,6 +30,9 @@ from asl.training.fit import fit
 from asl.training.settings import TrainConfig
 from asl.training.step import Training
 
+# Side by side, each worker would start the same processes for its share of the tests.
+pytestmark = pytest.mark.xdist_group("torchrun")
+
 REPOSITORY = Path(__file__).parents[2]
 SHAPES = [" ".join(words) for words in CLASSES]
 # Without batch statistics, so that the number of ranks makes no difference but rounding.
