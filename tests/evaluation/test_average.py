@@ -219,9 +219,10 @@ def test_a_data_set_behind_the_checkpoints_is_told_from_them(scores_of, written,
         scores_of(written("a.pt"), str(images))
 
 
-def test_the_settings_of_another_checkpoint_can_be_wrong(scores_of, written):
-    other = written("b.pt", config={"head": 3})
-    with pytest.raises(DataError, match=r"b\.pt: its config cannot be used: head is '?3"):
+@pytest.mark.parametrize(("config", "why"), [({"head": 3}, "head is '?3"), (3, "")])
+def test_the_settings_of_another_checkpoint_can_be_wrong(config, why, scores_of, written):
+    other = written("b.pt", config=config)
+    with pytest.raises(DataError, match=rf"b\.pt: its config cannot be used: {why}"):
         scores_of(written("a.pt"), other)
 
 

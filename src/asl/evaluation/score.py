@@ -233,10 +233,10 @@ def _of_each(settings: TrainedModelSettings) -> list[TrainedModelSettings]:
     each = [settings.replace(model_path=paths[:1])]
     for path in paths[1:]:
         trained = trained_with(path)
-        own = {name: trained[name] for name in ("model_name", "head") if name in trained}
         try:
+            own = {name: trained[name] for name in ("model_name", "head") if name in trained}
             each.append(settings.replace(model_path=(path,), **own))
-        except UsageError as error:
+        except (UsageError, TypeError) as error:
             raise DataError(f"{path}: its config cannot be used: {error}") from None
     return each
 

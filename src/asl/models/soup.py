@@ -9,7 +9,6 @@ from torch import Tensor
 
 from asl.errors import DataError, UsageError
 from asl.models import checkpoint
-from asl.models.settings import ModelSettings
 
 _SETS = ("model", "ema", "regular")
 _ABOUT = ("num_classes", "idx_to_class", "config")  # what stays as in the first file
@@ -46,18 +45,18 @@ def soup(paths: Sequence[str | Path]) -> dict[str, Any]:
 
 
 def _check_same(first: Mapping[str, Any], other: Mapping[str, Any], misfit: str) -> None:
-    names, others = (each["idx_to_class"] or {} for each in (first, other))
-    for number in sorted(names.keys() | others.keys()):
-        if names.get(number) != others.get(number):
-            theirs, ours = (each.get(number, "missing") for each in (others, names))
+    here, there = (each["idx_to_class"] or {} for each in (first, other))
+    for number in sorted(here.keys() | there.keys()):
+        ours, theirs = (each.get(number, "missing") for each in (here, there))
+        if ours != theirs:
             raise DataError(f"{misfit}: class {number} is {theirs} there, {ours} here")
-    for name in ("model_name", "head"):
-        ours, theirs = (
-            (each.get("config") or {}).get(name, ModelSettings.model_fields[name].default)
-            for each in (first, other)
-        )
-        if first.get("config") and other.get("config") and ours != theirs:
-            raise DataError(f"{misfit}: {name} is {theirs} there, {ours} here")
+    own, others = first.get("config"), other.get("config")
+    if isinstance(own, Mapping) and isinstance(others, Mapping):
+        for name in ("model_name", "head"):
+            if own.get(name) != others.get(name):
+                raise DataError(
+                    f"{misfit}: {name} is {others.get(name)} there, {own.get(name)} here"
+                )
     for which in _SETS:
         if first.get(which) is not None and other.get(which) is not None:
             _check_tensors(first[which], other[which], misfit)
