@@ -14,6 +14,7 @@ from torch import Tensor
 
 from asl.data.splits import read_split
 from asl.distributed import pick_device
+from asl.evaluation.average import Scores
 from asl.evaluation.evaluate import protocol
 from asl.evaluation.score import Scorer
 from asl.evaluation.settings import ValidateConfig, trained_with
@@ -51,8 +52,8 @@ def main() -> None:
     print("| --- | --- | ---: | ---: | ---: |")
     expected = None
     for backbone, head in (("off", "off"), (chosen.amp, "off"), (chosen.amp, chosen.amp)):
-        model = rounding if head != "off" else full.model
-        scorer = replace(full, amp=backbone, model=model)
+        members = (Scores(rounding),) if head != "off" else full.members
+        scorer = replace(full, amp=backbone, members=members)
         scores = scorer.scores(dataset, "validation")
         figure = mean_average_precision(scores, dataset.dense(), protocol=protocol(dataset))
         expected = figure if expected is None else expected

@@ -20,7 +20,7 @@ GROUND = {
 }
 # A wing knows those of lower floors and nothing above. Scripts know all.
 FLOORS = {"data": 1, "images": 2, "models": 2, "evaluation": 3, "training": 4}
-SCRIPTS = {"report", "data.__main__"}
+SCRIPTS = {"report", "data.__main__", "models.__main__"}
 MODULES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 
 

@@ -265,6 +265,27 @@ def test_evaluation_takes_over_how_the_checkpoint_was_trained():
     assert (config.model.model_name, config.images.image_size) == ("resnet18", 128)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--model-path", "a.pt", "b.pt", "--thre", "0.5"],
+        ["--model_path", "a.pt", "b.pt"],
+        ["DATA", "--model-path", "a.pt", "b.pt"],
+    ],
+)
+def test_evaluation_takes_several_checkpoints_and_the_settings_of_the_first(words):
+    trained = {"a.pt": {"image_size": 96}}
+    config = parse(ValidateConfig, "validate", "", words, trained_with=trained.__getitem__)
+    assert config.model.model_path == ("a.pt", "b.pt")
+    assert config.images.image_size == 96
+    config = parse(InferConfig, "infer", "", ["--model-path=a.pt"], trained_with=trained.get)
+    assert (config.model.model_path, config.images.image_size) == (("a.pt",), 96)
+    assert ValidateConfig.of(model_path="a.pt").model.model_path == ("a.pt",)
+    assert ValidateConfig.of(model_path="").model.model_path == ()
+    with pytest.raises(UsageError, match="model_path holds a null byte"):
+        ValidateConfig.of(model_path=["a\0b"])
+
+
 def test_settings_of_a_checkpoint_that_make_no_sense_are_the_fault_of_the_file():
     argv = ["--model-path", "best.pt"]
     for config in ({"image_size": "large"}, {"model_name": ["x"]}):

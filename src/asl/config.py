@@ -45,7 +45,8 @@ class Settings(BaseModel):
 
     def __init__(self, /, **values: Any) -> None:
         for name, value in values.items():
-            if isinstance(value, str) and "\0" in value:
+            texts = value if isinstance(value, list | tuple) else (value,)
+            if any(isinstance(text, str) and "\0" in text for text in texts):
                 raise UsageError(f"{name} holds a null byte: {value!r}")
         try:
             super().__init__(**values)

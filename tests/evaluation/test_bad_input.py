@@ -6,6 +6,18 @@ from bad_input import edit
 CASES = {
     "threshold above one": ("infer --threshold 1.5", 2, "threshold is 1.5"),
     "no labels wanted": ("infer --top-k 0", 2, "top_k is 0"),
+    "no view": ("infer --tta flop", 2, "tta is 'flop'"),
+    "size that is too large": ("validate coco --tta scales:200", 2, "image_size is 6400"),
+    "a data set behind checkpoints": (
+        "validate --model-path model.pt coco",
+        2,
+        "coco is a folder, and --model-path takes",
+    ),
+    "second checkpoint that is not there": (
+        "infer --model-path model.pt none.pt",
+        1,
+        "none.pt: cannot be read",
+    ),
     "no picture": ("infer --pic-path ''", 2, "--pic-path"),
     "pictures below a file": ("infer --output prior.csv/pictures", 2, "prior.csv"),
     "json below a file": ("validate coco --json prior.csv/x.json", 2, "prior.csv"),

@@ -11,6 +11,7 @@ from asl.data.annotations import Annotations
 from asl.data.readers import read
 from asl.data.settings import DataSettings
 from asl.evaluation import score as scoring
+from asl.evaluation.average import Scores
 from asl.evaluation.evaluate import epoch_figures, evaluate, evaluated_as
 from asl.evaluation.predict import predict
 from asl.evaluation.score import Scorer, score
@@ -47,7 +48,7 @@ def test_scores_of_several_models_come_from_one_pass_in_eval_mode():
             taken.append(size)
             yield Batch(torch.rand(size, 4), torch.empty(size, 5))
 
-    models = [nn.Sequential(nn.Dropout(0.9), nn.Linear(4, 5)) for _ in range(2)]
+    models = [Scores(nn.Sequential(nn.Dropout(0.9), nn.Linear(4, 5))) for _ in range(2)]
     first, second = score(models, batches(), prepare=lambda batch: batch.images)
     assert taken == [3, 2]
     assert first.shape == second.shape == (5, 5)
@@ -58,7 +59,7 @@ def test_scores_of_several_models_come_from_one_pass_in_eval_mode():
 
 def test_images_without_a_target_have_no_score():
     company = Batch(torch.rand(1, 4), torch.empty(0, 5))
-    [scores] = score([nn.Linear(4, 5)], [company], prepare=lambda batch: batch.images)
+    [scores] = score([Scores(nn.Linear(4, 5))], [company], prepare=lambda batch: batch.images)
     assert scores.shape == (0, 5)
 
 

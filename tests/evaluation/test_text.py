@@ -88,6 +88,12 @@ def test_evaluation_text_says_which_classes_were_left_out_and_why(protocol, reas
 def test_evaluation_text_says_what_was_measured_where_it_is_told():
     about = {"checkpoint": "a.pt", "weights": "ema", "dataset": "voc", "split": "val"}
     text = evaluation_text(figures() | about | {"image_size": 160})
+    assert "views" not in text
+    several = {"checkpoint": ["a.pt", "b.pt"], "weights": ["ema", "only"], "tta": "flip"}
+    lines = evaluation_text(figures() | about | {"image_size": 160} | several).splitlines()
+    assert lines[0] == "checkpoint  a.pt (ema weights)"
+    assert lines[1] == "checkpoint  b.pt (only weights)"
+    assert lines[3] == "views       flip"
     assert "a.pt (ema weights)" in text
     assert "voc val at 160 px" in text
 

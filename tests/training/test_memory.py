@@ -18,7 +18,6 @@ from asl.evaluation import score as score_module
 from asl.evaluation.score import Scorer
 from asl.images.settings import ImageSettings
 from asl.models.build import create_model, place
-from asl.models.settings import TrainedModelSettings
 from asl.training import fit as fit_module
 from asl.training import memory as memory_module
 from asl.training.fit import fit
@@ -278,7 +277,7 @@ def test_scores_that_run_out_of_memory_say_what_to_lower(small_shapes, monkeypat
     annotations = read("coco", small_shapes, "val2014")
     monkeypatch.setattr(score_module, "score_data_set", out_of_memory)
     images = ImageSettings(image_size=32, batch_size=8, workers=0)
-    scorer = Scorer(Wide(), ("a",), "ema", TrainedModelSettings(), images, CPU, "off")
+    scorer = Scorer((Wide(),), ("wide",), ("ema",), ("a",), ((), ()), images, CPU, "off", (32,))
     with pytest.raises(UsageError, match="cpu is out of memory with 8 images: lower --batch-size"):
         scorer.scores(annotations, "scores")
 

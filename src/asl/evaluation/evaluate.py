@@ -20,19 +20,22 @@ from asl.metrics import Protocol, evaluate_scores, f1_scores, mean_average_preci
 
 
 def evaluate(config: ValidateConfig) -> dict[str, Any]:
-    """Measure a checkpoint on the validation split.
+    """Measure a checkpoint, or the mean scores of several, on the validation split.
 
-    Returns what `metrics.evaluate_scores` does, with "checkpoint", "weights", "dataset", "split",
-    "image_size", "evaluated_as" and `provenance` beside it. Of several processes rank 0 returns it,
-    and the others nothing. Classes are matched by name. With `estimate_prior` the mean score of
-    every class over the training split becomes that file; the labels of that split play no part. It
-    is the prior of CSL, if the model was trained with unannotated cells ignored.
+    Returns what `metrics.evaluate_scores` does, with "checkpoint", "weights" (lists of several),
+    "dataset", "split", "image_size", "tta", "evaluated_as" and `provenance` beside it. Of several
+    processes rank 0 returns it, and the others nothing. Classes are matched by name. With
+    `estimate_prior` the mean score of every class over the training split becomes that file; the
+    labels of that split play no part. It is the prior of CSL, if the model was trained with
+    unannotated cells ignored.
 
     Raises `UsageError` and `DataError` for what is wrong with the input.
     """
     wanted = config.evaluation
     with process_group(pick_device(config.run.device)) as device:
-        scorer = Scorer.load(config.model, config.images, config.run, device)
+        scorer = Scorer.load(
+            config.model, config.images, config.run, device, wanted.flip, wanted.scales
+        )
         dataset = read_split(config.data, "val", classes=scorer.classes)
         names = display_names(wanted.class_descriptions, scorer.classes)
         scores = scorer.scores(dataset, "validation")
@@ -50,15 +53,20 @@ def evaluate(config: ValidateConfig) -> dict[str, Any]:
         protocol=protocol(dataset),
     )
     return {
-        "checkpoint": config.model.model_path,
-        "weights": scorer.weights,
+        "checkpoint": _alone(config.model.model_path),
+        "weights": _alone(scorer.weights),
         "dataset": config.data.dataset,
         "split": split_name(config.data, "val"),
         "image_size": config.images.image_size,
+        "tta": wanted.tta,
         "evaluated_as": evaluated_as(config.data),
         **figures,
         **provenance(),
     }
+
+
+def _alone(each: Sequence[str]) -> str | list[str]:
+    return each[0] if len(each) == 1 else list(each)
 
 
 def estimate_prior(scorer: Scorer, images: Annotations, path: str | Path) -> None:

@@ -26,7 +26,7 @@ def predict(config: InferConfig) -> list[dict[str, Any]]:
     if wanted.dataset_type == "OpenImages" and model.head == "linear":
         model = model.replace(head="bottleneck")
     with process_group(pick_device(config.run.device)) as device:
-        scorer = Scorer.load(model, config.images, config.run, device)
+        scorer = Scorer.load(model, config.images, config.run, device, wanted.flip, wanted.scales)
         names = display_names(wanted.class_descriptions, scorer.classes)
         images = Annotations.unlabelled(*find_images(wanted.pic_path), scorer.classes)
         scores = scorer.scores(images, "images")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -11,13 +11,14 @@ from tqdm import tqdm
 
 from asl.data.annotations import Annotations
 from asl.distributed import gather_dealt, precision, rank
-from asl.errors import UsageError
+from asl.errors import DataError, UsageError
+from asl.evaluation.average import MeanScores, Renormalized, Scores
 from asl.evaluation.settings import trained_with
 from asl.images.features import AnyBatches
 from asl.images.loader import Batch, Batches
 from asl.images.prepare import preparation
 from asl.images.settings import ImageSettings
-from asl.models.build import check_size, normalization, place
+from asl.models.build import Statistics, check_size, normalization, place
 from asl.models.inference import for_inference
 from asl.models.settings import DeviceSettings, TrainedModelSettings
 from asl.models.weights import trained_model
@@ -32,22 +33,21 @@ def score(
     prepare: Callable[[Batch], Tensor],
     computed_in: torch.dtype | None = None,
     kept_as: torch.dtype = torch.float32,
-    activation: Callable[[Tensor], Tensor] = torch.sigmoid,
 ) -> list[Tensor]:
     """The scores that each of several models gives, in one pass over the batches.
 
-    One (N, C) tensor of type `kept_as` per model, on the host, values in [0, 1], or what else
-    `activation` makes of a model's answers. With `computed_in` the forward passes run in that
-    precision.
+    The models map prepared images to scores in [0, 1] (`average.Scores`), or to whatever else is
+    wanted of each image. Returns one (N, C) tensor of type `kept_as` per model, on the host. With
+    `computed_in` the forward passes run in that precision.
     """
     models = [model.eval() for model in models]
     tables = [_Table() for _ in models]
     for batch in batches:
         images = prepare(batch)
         with torch.autocast(images.device.type, computed_in, enabled=computed_in is not None):
-            logits = [model(images)[: len(batch.targets)] for model in models]
-        for table, each in zip(tables, logits, strict=True):
-            table.add(activation(each.float()).to(kept_as))
+            scores = [model(images)[: len(batch.targets)] for model in models]
+        for table, each in zip(tables, scores, strict=True):
+            table.add(each.to(kept_as))
     return [table.rows() for table in tables]
 
 
@@ -85,25 +85,25 @@ class _Table:
 def score_data_set(
     models: Sequence[nn.Module],
     batches: AnyBatches,
+    normalized: Statistics,
     device: torch.device,
     amp: str,
     title: str,
     watched: Callable[[Iterable[Batch]], Iterable[Batch]] = iter,
-    one_label: bool = False,
 ) -> list[Tensor | None]:
     """What `score` returns for all batches, of all ranks, on rank 0; None on the others.
 
-    A progress bar has the `title`; `watched` may look at the batches as they pass.
+    The images are `normalized` by that mean and deviation, for all models. A progress bar has the
+    `title`; `watched` may look at the batches as they pass.
     """
     images, classes = len(batches.annotations), batches.annotations.num_classes
     computed_in = precision(amp, device, training=False)
     tables = score(
         models,
         watched(progress(batches, 0, title)),
-        preparation(*normalization(models[0]), device, computed_in),
+        preparation(*normalized, device, computed_in),
         computed_in,
         torch.float16 if images * classes > HALF_ABOVE else torch.float32,
-        partial(torch.softmax, dim=1) if one_label else torch.sigmoid,
     )
     return [gather_dealt(table, batches.batch_size_per_rank, images) for table in tables]
 
@@ -124,19 +124,23 @@ def progress(batches: AnyBatches, epoch: int, title: str, start: int = 0) -> "tq
 
 @dataclass(frozen=True)
 class Scorer:
-    """A trained model on its device, for `classes`; which set of `weights` it has.
+    """Trained models on their device, whose mean scores are those of `classes`.
 
-    With `one_label` it was trained by `--loss asl_single`, and its scores are a softmax.
+    `members` map images that are `normalized` so to scores; `names` are those of their models, and
+    `weights` the sets of their checkpoints that they have. Images are squished to each of `sizes`
+    and seen as they are, with `flip` also mirrored.
     """
 
-    model: nn.Module
+    members: tuple[nn.Module, ...]
+    names: tuple[str, ...]
+    weights: tuple[str, ...]
     classes: tuple[str, ...]
-    weights: str
-    settings: TrainedModelSettings
+    normalized: Statistics
     images: ImageSettings
     device: torch.device
     amp: str
-    one_label: bool = False
+    sizes: tuple[int, ...]
+    flip: bool = False
 
     @classmethod
     def load(
@@ -145,30 +149,67 @@ class Scorer:
         images: ImageSettings,
         compute: DeviceSettings,
         device: torch.device,
+        flip: bool = False,
+        scales: Sequence[float] = (1.0,),
     ) -> Self:
-        """Build the model of a checkpoint. Raises `UsageError` and `DataError` if that fails."""
-        model, classes, loaded = trained_model(settings, images.image_size)
-        return cls(
-            for_inference(place(model, device)),
-            classes,
-            loaded.weights,
-            settings,
+        """Build the models of checkpoints. Raises `UsageError` and `DataError` if that fails.
+
+        The sizes are `scales` times that of `images`, but for 1 rounded to multiples of 32.
+        """
+        each = _of_each(settings)
+        models, names, loaded = zip(
+            *(trained_model(one, images.image_size) for one in each), strict=True
+        )
+        _check_classes(settings.model_path, names)
+        normalized = normalization(models[0])
+        scorer = cls(
+            tuple(
+                _member(model, normalized, one.model_path[0], device)
+                for model, one in zip(models, each, strict=True)
+            ),
+            tuple(one.model_name for one in each),
+            tuple(one.weights for one in loaded),
+            names[0],
+            normalized,
             images,
             device,
             compute.amp,
-            one_label=trained_with(settings.model_path).get("loss") == "asl_single",
+            tuple(dict.fromkeys(_scaled(images.image_size, scale) for scale in scales)),
+            flip,
         )
+        if len(scorer.sizes) > 1:  # one that does not fit is to be known before a pass over others
+            for size in scorer.sizes:
+                scorer.check_size(images.replace(image_size=size).image_size)
+        return scorer
 
     def scores(self, annotations: Annotations, title: str) -> Tensor | None:
         """The (N, C) scores in [0, 1] of these images, on rank 0; None on other ranks.
 
-        Raises `UsageError` for images of a size that the model cannot take and for batches that
-        the device cannot hold, and `DataError` for an image that cannot be read.
+        Every size is a pass over the images, and the mean of all is made in one table.
+
+        Raises `UsageError` for images of a size that a model cannot take and for batches that the
+        device cannot hold, and `DataError` for an image that cannot be read.
         """
-        batches = Batches(annotations, self.images, device=self.device)
+        mean = self._scores(annotations, self.sizes[0], title)
+        for number, size in enumerate(self.sizes[1:], start=2):
+            scores = self._scores(annotations, size, f"{title}, {size} px")
+            if mean is not None and scores is not None:
+                with torch.inference_mode():  # which they were made in
+                    mean.lerp_(scores, 1 / number)
+        return mean
+
+    def check_size(self, size: int) -> None:
+        """Raise `UsageError` if one of the models cannot take images of `size` pixels."""
+        for member, name in zip(self.members, self.names, strict=True):
+            check_size(member, name, size)
+
+    def _scores(self, annotations: Annotations, size: int, title: str) -> Tensor | None:
+        images = self.images.replace(image_size=size)
+        batches = Batches(annotations, images, device=self.device)
+        model = MeanScores(self.members, self.flip)
         try:
             [scores] = score_data_set(
-                [self.model], batches, self.device, self.amp, title, one_label=self.one_label
+                [model], batches, self.normalized, self.device, self.amp, title
             )
         except torch.OutOfMemoryError:
             raise UsageError(
@@ -176,6 +217,47 @@ class Scorer:
                 "lower --batch-size"
             ) from None
         except (RuntimeError, AssertionError, ArithmeticError, ValueError):
-            check_size(self.model, self.settings.model_name, self.images.image_size)
+            self.check_size(size)
             raise  # the size is right: it was something else
         return scores
+
+
+def _of_each(settings: TrainedModelSettings) -> list[TrainedModelSettings]:
+    """The settings of each checkpoint; the others name their model themselves, where they do."""
+    paths = settings.model_path
+    for path in paths[1:]:
+        if Path(path).is_dir():
+            raise UsageError(
+                f"{path} is a folder, and --model-path takes every word behind it for a "
+                "checkpoint: name the data set first"
+            )
+    each = [settings.replace(model_path=paths[:1])]
+    for path in paths[1:]:
+        trained = trained_with(path)
+        try:
+            own = {name: trained[name] for name in ("model_name", "head") if name in trained}
+            each.append(settings.replace(model_path=(path,), **own))
+        except (UsageError, TypeError) as error:
+            raise DataError(f"{path}: its config cannot be used: {error}") from None
+    return each
+
+
+def _member(model: nn.Module, normalized: Statistics, path: str, device: torch.device) -> nn.Module:
+    own, model = normalization(model), for_inference(place(model, device))
+    if own != normalized:
+        model = Renormalized(model, own, normalized, device)
+    return Scores(model, one_label=trained_with(path).get("loss") == "asl_single")
+
+
+def _check_classes(paths: Sequence[str], names: Sequence[Sequence[str]]) -> None:
+    """Raise `DataError` where the checkpoints do not have the same classes in the same order."""
+    for path, classes in zip(paths, names, strict=True):
+        if len(classes) != len(names[0]):
+            raise DataError(f"{path} has {len(classes)} classes, {paths[0]} {len(names[0])}")
+        for number, (own, first) in enumerate(zip(classes, names[0], strict=True)):
+            if own != first:
+                raise DataError(f"{path}: class {number} is {own!r}, of {paths[0]} {first!r}")
+
+
+def _scaled(size: int, scale: float) -> int:
+    return size if scale == 1 else max(32, 32 * round(size * scale / 32))

@@ -1,19 +1,23 @@
 """What validate.py and infer.py can be told."""
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import tyro
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from asl.config import Config, OptionalInt, Settings
 from asl.data.settings import DataSettings, LabelSettings
+from asl.errors import UsageError
 from asl.images.settings import ImageSettings
 from asl.models.settings import DeviceSettings, TrainedModelSettings
 
 Threshold = Annotated[float, tyro.conf.arg(aliases=("--thre", "--th"))]
 # What a checkpoint knows of the model that its weights are for.
 OF_THE_MODEL = ("model_name", "head", "image_size")
+_NUMBER = r"[0-9]{1,3}(\.[0-9]{1,3})?"
+_VIEWS = rf"|flip|(flip\+)?scales:{_NUMBER}(,{_NUMBER})*"
 
 
 def trained_with(path: str) -> Mapping[str, Any]:
@@ -38,10 +42,32 @@ class ResultSettings(FigureSettings):
 
     top_k: Annotated[OptionalInt, Field(ge=1)] = None
     """labels per image; default: 3 in the top-k figures, 10 in infer.py"""
+    tta: str = ""
+    """average the scores of several views of an image: flip, scales:0.8,1,1.25 (times image_size,
+    to the next multiple of 32), or flip+scales:0.8,1,1.25"""
     class_descriptions: str = ""
     """openimages: CSV of class ids and names, to show names"""
     json_file: Annotated[str, tyro.conf.arg(aliases=("--json",))] = ""
     """also write the result to this file"""
+
+    @model_validator(mode="after")
+    def _check_views(self) -> Self:
+        if not re.fullmatch(_VIEWS, self.tta) or 0 in self.scales:
+            raise UsageError(
+                f"tta is {self.tta!r}, but must be flip, scales:0.8,1,1.25 or both: "
+                "flip+scales:0.8,1,1.25"
+            )
+        return self
+
+    @property
+    def flip(self) -> bool:
+        """Whether `tta` asks for the mirrored image too."""
+        return self.tta.startswith("flip")
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """The sizes that `tta` asks for, as factors of the image size."""
+        return tuple(map(float, (self.tta.partition("scales:")[2] or "1").split(",")))
 
 
 class MeasureSettings(ResultSettings):

@@ -55,9 +55,14 @@ def evaluation_text(figures: Mapping[str, Any]) -> str:
     classes = figures["per_class"]
     lines = []
     if "checkpoint" in figures:
-        lines.append(f"checkpoint  {figures['checkpoint']} ({figures['weights']} weights)")
+        named = [figures["checkpoint"], figures["weights"]]
+        if isinstance(figures["checkpoint"], str):
+            named = [[each] for each in named]
+        lines += [f"checkpoint  {path} ({set_} weights)" for path, set_ in zip(*named, strict=True)]
         data = f"{figures['dataset']} {figures['split']} at {figures['image_size']} px"
         lines.append(f"data        {data}")
+        if figures.get("tta"):
+            lines.append(f"views       {figures['tta']}")
     lines.append(f"evaluated   {figures['images']:,} images, {len(classes):,} classes")
     if "evaluated_as" in figures:
         lines.append(f"protocol    {figures['evaluated_as']}")

@@ -15,6 +15,9 @@ from asl.models.heads import init_heads, set_bottleneck_head, set_ml_decoder_hea
 from asl.models.layout import keep_channels_last
 from asl.models.settings import Head
 
+# Mean and standard deviation of images in [0, 1], each by channel.
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
 
 def create_model(
     name: str,
@@ -71,7 +74,7 @@ def create_model(
     return keep_channels_last(model)
 
 
-def normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalization(model: nn.Module) -> Statistics:
     """Mean and standard deviation, by channel, of the images in [0, 1] that a model was made for.
 
     0 and 1 for TResNet; what timm's weights were trained with for every other model.

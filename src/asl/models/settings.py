@@ -1,8 +1,8 @@
 """What can be said of a model: its architecture, its weights, where and how precisely it runs."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from asl.config import OptionalFloat, OptionalInt, Settings
 
@@ -11,12 +11,10 @@ Weights = Literal["best", "ema", "regular"]
 
 
 class ModelSettings(Settings):
-    """Which model, and the file of its weights."""
+    """Which model."""
 
     model_name: str = "tresnet_m"
     """any timm model; the papers': tresnet_m/l/xl/v2_l"""
-    model_path: str = ""
-    """file of weights: official, timm's or this project's"""
     head: Head = "linear"
     """last layers: one linear, the official Open Images one (512 wide), or the ML-Decoder"""
     num_classes: Annotated[OptionalInt, Field(ge=1)] = None
@@ -26,6 +24,8 @@ class ModelSettings(Settings):
 class NewModelSettings(ModelSettings):
     """A model to train: from random weights, from a file, or from timm's hub."""
 
+    model_path: str = ""
+    """file of weights: official, timm's or this project's"""
     pretrained: bool = False
     """start from timm's ImageNet weights, fetched from its hub"""
     drop_path: Annotated[OptionalFloat, Field(ge=0, le=0.99)] = None
@@ -33,11 +33,20 @@ class NewModelSettings(ModelSettings):
 
 
 class TrainedModelSettings(ModelSettings):
-    """A model to use."""
+    """A model to use, or several whose scores are averaged."""
 
+    model_path: tuple[str, ...] = ()
+    """file of weights: official, timm's or this project's; several: the mean of their scores"""
     weights: Weights = "best"
     """which set of a checkpoint of train.py to use: averaged, regular, or the one that was
     better when the checkpoint was written"""
+
+    @field_validator("model_path", mode="before")
+    @classmethod
+    def _one_or_several(cls, paths: Any) -> Any:
+        if isinstance(paths, str):
+            paths = (paths,)
+        return tuple(path for path in paths if path != "") if isinstance(paths, tuple) else paths
 
 
 class DeviceSettings(Settings):

@@ -73,12 +73,13 @@ def trained_model(
 ) -> tuple[nn.Module, tuple[str, ...], Loaded]:
     """The model of a checkpoint, the names of its classes in order, and what was loaded.
 
-    Raises `UsageError` without a checkpoint or for another number of classes than it has, and
-    `DataError` if it does not name its classes or does not fit.
+    Of several checkpoints it is that of the first. Raises `UsageError` without a checkpoint or for
+    another number of classes than it has, and `DataError` if it does not name its classes or does
+    not fit.
     """
-    path = settings.model_path
-    if not path:
+    if not settings.model_path:
         raise UsageError("name the checkpoint: --model-path")
+    path = settings.model_path[0]
     names = checkpoint.load(path)["idx_to_class"]
     if not names:
         raise DataError(f"{path} does not name its classes (idx_to_class)")

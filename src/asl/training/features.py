@@ -94,7 +94,7 @@ def _features(
     """What the backbone makes of all images: (N, F) float32, on the host of every rank."""
     prepare = preparation(*normalization(backbone), device, computed_in)
     seen = watched(progress(batches, 0, "features"))
-    [rows] = score([backbone], seen, prepare, computed_in, activation=nn.Identity())
+    [rows] = score([backbone], seen, prepare, computed_in)
     number = len(batches.annotations)
     table = gather_dealt(rows, batches.batch_size_per_rank, number, on_all=True)
     assert table is not None

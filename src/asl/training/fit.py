@@ -24,6 +24,7 @@ from asl.distributed import (
     world_size,
 )
 from asl.errors import UsageError
+from asl.evaluation.average import Scores
 from asl.evaluation.evaluate import epoch_figures, estimate_prior
 from asl.evaluation.pictures import curves
 from asl.evaluation.score import Scorer, progress, score_data_set
@@ -170,10 +171,17 @@ def validate(training: Training, batches: AnyBatches, run: Run, interrupts: Inte
     models = {"ema": training.ema.module, "regular": training.model}
     for model in models.values():
         broadcast_buffers(model)
-    folded = [for_inference(deepcopy(model)) for model in models.values()]
-    amp, watched = run.config.compute.amp, interrupts.until_stopped
     one_label = run.config.loss.loss == "asl_single"
-    tables = score_data_set(folded, batches, training.device, amp, "validation", watched, one_label)
+    scorers = [Scores(for_inference(deepcopy(model)), one_label) for model in models.values()]
+    tables = score_data_set(
+        scorers,
+        batches,
+        normalization(training.model),
+        training.device,
+        run.config.compute.amp,
+        "validation",
+        interrupts.until_stopped,
+    )
     scores = dict(zip(models, tables, strict=True))
     row: Row = {**epoch_figures(scores, batches.annotations, run.config.evaluation.threshold)}
     return row | {"seconds_validation": round(time.perf_counter() - started, 2)}
@@ -252,7 +260,7 @@ def _with_estimated_prior(config: TrainConfig, device: torch.device) -> TrainCon
         )
         best = fit(first) / "best.pt"
         model = TrainedModelSettings(
-            model_name=config.model.model_name, head=config.model.head, model_path=str(best)
+            model_name=config.model.model_name, head=config.model.head, model_path=(str(best),)
         )
         scorer = Scorer.load(model, config.images, config.compute, device)
         images = read_split(config.data, "train", config.labels, classes=scorer.classes)

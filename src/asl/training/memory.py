@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from asl.distributed import precision, world_size
 from asl.errors import TrainingError, UsageError
+from asl.evaluation.average import Scores
 from asl.evaluation.score import score
 from asl.images.augment import draw
 from asl.images.loader import Batch
@@ -139,7 +140,8 @@ def _validate(training: Training, batch: Batch, amp: str) -> None:
     models = [for_inference(deepcopy(each)) for each in (training.ema.module, training.model)]
     computed_in = precision(amp, GPU, training=False)
     prepare = preparation(*normalization(training.model), GPU, computed_in)
-    score(models, [batch._replace(augmentation=None)], prepare, computed_in)
+    scorers = [Scores(model) for model in models]
+    score(scorers, [batch._replace(augmentation=None)], prepare, computed_in)
 
 
 @contextmanager
