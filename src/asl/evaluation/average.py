@@ -42,7 +42,7 @@ class MeanScores(nn.Module):
 
 
 class Renormalized(nn.Module):
-    """A model that was made for images `of` this mean and deviation and gets them `given` others."""
+    """A model made for images `of` this mean and deviation, which is `given` others."""
 
     scale: Tensor
     shift: Tensor
