@@ -54,15 +54,25 @@ def written(tmp_path):
 
 
 @pytest.fixture
-def scores_of(images, labelling):
-    """The scores that one or several checkpoints give: (paths, tta, image_size)."""
-    files = np.array([path.name.encode() for path in sorted(images.iterdir())])
+def scorer_of(images, labelling):
+    """The scorer of one or several checkpoints: (paths, tta, image_size)."""
 
-    def scores(*paths, tta="", image_size=64, folder=images, **changed):
-        config = labelling(folder, paths[0], tta=tta, image_size=image_size, **changed)
+    def load(*paths, tta="", image_size=64, **changed):
+        config = labelling(images, paths[0], tta=tta, image_size=image_size, **changed)
         model = config.model.replace(model_path=paths)
         wanted = config.evaluation
-        scorer = Scorer.load(model, config.images, config.run, CPU, wanted.flip, wanted.scales)
+        return Scorer.load(model, config.images, config.run, CPU, wanted.flip, wanted.scales)
+
+    return load
+
+
+@pytest.fixture
+def scores_of(images, scorer_of):
+    """The scores that they give the images, or those of the same names in another folder."""
+    files = np.array([path.name.encode() for path in sorted(images.iterdir())])
+
+    def scores(*paths, folder=images, **changed):
+        scorer = scorer_of(*paths, **changed)
         return scorer.scores(Annotations.unlabelled(folder, files, tuple(NAMES.values())), "")
 
     return scores
@@ -109,12 +119,19 @@ def test_flip_and_scales_go_together(scores_of, written):
     torch.testing.assert_close(both, torch.stack(by_size).mean(0))
 
 
-def test_the_size_itself_is_not_rounded_and_no_size_is_seen_twice(scores_of, written):
+def test_the_size_itself_is_not_rounded_and_no_size_is_seen_twice(scorer_of, written):
     path = written("a.pt")
-    once = scores_of(path, image_size=50)
-    assert torch.equal(scores_of(path, tta="scales:1", image_size=50), once)
-    twice = scores_of(path, tta="scales:1.5,1.51", image_size=64)
-    assert torch.equal(twice, scores_of(path, image_size=96))
+    assert scorer_of(path, image_size=50).sizes == (50,)
+    assert scorer_of(path, tta="scales:0.1,1,2", image_size=50).sizes == (32, 50, 96)
+    assert scorer_of(path, tta="scales:1.5,1.51").sizes == (96,)
+
+
+def test_scores_of_one_label_are_a_softmax_and_those_of_several_a_sigmoid():
+    logits = torch.tensor([[2.0, -1.0, 0.0]], dtype=torch.bfloat16)
+    several, one = Scores(nn.Identity())(logits), Scores(nn.Identity(), one_label=True)(logits)
+    assert several.dtype == one.dtype == torch.float32
+    torch.testing.assert_close(several, 1 / (1 + (-logits.float()).exp()))
+    torch.testing.assert_close(one, logits.float().exp() / logits.float().exp().sum())
 
 
 def test_a_large_table_stays_in_half_precision(scores_of, written, monkeypatch):
@@ -242,7 +259,8 @@ def test_the_report_names_all_checkpoints_and_views(small_shapes, measuring, tmp
     assert figures["tta"] == "flip"
     alone = evaluate(config.with_settings(model_path=paths[0], tta=""))
     assert (alone["checkpoint"], alone["weights"], alone["tta"]) == (paths[0], "only", "")
-    assert figures["mAP"] != alone["mAP"]
+    flipped = evaluate(config.with_settings(model_path=paths[0]))
+    assert len({each["mAP"] for each in (figures, alone, flipped)}) == 3
 
 
 def test_labels_are_those_of_the_mean(labelling, scores_of, written, images):

@@ -42,10 +42,7 @@ class MeanScores(nn.Module):
 
 
 class Renormalized(nn.Module):
-    """A model that was made for images `of` this mean and deviation and gets them `given` others.
-
-    The images stay of their type, and so are rounded once more.
-    """
+    """A model made for images `of` this mean and deviation, which is `given` others."""
 
     scale: Tensor
     shift: Tensor
@@ -64,6 +61,5 @@ class Renormalized(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images that were `given` to logits."""
-        made = (images * self.scale + self.shift).to(images.dtype)
-        logits: Tensor = self.model(made)
+        logits: Tensor = self.model(images * self.scale + self.shift)
         return logits
