@@ -190,6 +190,10 @@ def killed(world):
         seen.append(steps_of(folder))
         return seen[-1] >= steps
 
+    def is_back():
+        now = ranks_of(process)  # once: they come and go
+        return len(now) == 2 and now[1] != first[1]
+
     with chdir(world):
         words = (REPOSITORY / "train.py", *LONG[1:], "data", "--output", "killed")
         started = Torchrun(2, *words, restarts=1)
@@ -197,9 +201,7 @@ def killed(world):
         wait_until(lambda: has_saved(3), process)
         first = ranks_of(process)
         os.kill(first[1], signal.SIGKILL)
-        wait_until(
-            lambda: len(ranks_of(process)) == 2 and ranks_of(process)[1] != first[1], process
-        )
+        wait_until(is_back, process)
         goal = steps_of(folder) + 3
         wait_until(lambda: has_saved(goal), process)
         os.kill(ranks_of(process)[0], signal.SIGKILL)
