@@ -24,12 +24,13 @@ def main() -> None:
     config = parse(TrainConfig, "train", "Train a multi-label classifier.", argv)
 
     # torch takes seconds to import: not for `--help`
-    from asl.training.dry_run import dry_run
-    from asl.training.fit import fit
-
     if config.run.dry_run:
+        from asl.training.dry_run import dry_run
+
         print(dry_run(config))
         return
+    from asl.training.fit import fit
+
     folder = fit(config)
     print(f"curves:      {folder / 'curves.png'}")
     print(f"checkpoint:  {folder / 'best.pt'}")

@@ -96,14 +96,17 @@ def take_features(model: nn.Module) -> None:
 
     It keeps all of its weights under their names.
     """
-    # As in `layout.keep_channels_last`: with the class alone replaced, all else stays.
-    kind = type(model)
-    model.__class__ = type(f"{kind.__name__}OfFeatures", (_OfFeatures, kind), {})
+    # As in `layout.keep_channels_last`: with the class alone replaced, all else stays. The name of
+    # the head is looked up here, as that looks at every layer, and a step takes a millisecond.
+    kind, name = type(model), {"head_name": head_names(model)[0]}
+    model.__class__ = type(f"{kind.__name__}OfFeatures", (_OfFeatures, kind), name)
 
 
 class _OfFeatures(nn.Module):
+    head_name: str
+
     def forward(self, features: Tensor) -> Tensor:
-        logits: Tensor = heads_of(self)[0](features)
+        logits: Tensor = self.get_submodule(self.head_name)(features)
         return logits
 
 

@@ -18,10 +18,10 @@ from asl.images.prepare import preparation
 from asl.models.build import normalization
 from asl.models.heads import feature_width, take_features, without_head
 from asl.models.inference import for_inference
+from asl.training.memory import GB
 from asl.training.settings import TrainConfig
 from asl.training.step import Training
 
-GB = 10**9
 Watched = Callable[[Iterable[Batch]], Iterable[Batch]]
 
 

@@ -234,7 +234,9 @@ def new_training(
     partial = bool(train_set.counts(UNANNOTATED).any())
     path = config.loss.prior_path
     prior = read_prior(path, train_set.classes) if path else None
-    counted = train_set.estimated_counts().tolist(), max(2, len(train_set))  # 2 is timm's smallest
+    counted: tuple[Any, ...] = ()
+    if config.loss.loss == "db":  # it alone asks; to count takes seconds in a set of millions
+        counted = train_set.estimated_counts().tolist(), max(2, len(train_set))  # timm's least is 2
     return Training(
         model,
         create_loss(config.loss, partial, prior, *counted),
