@@ -124,7 +124,7 @@ class StepSettings(Settings):
     accumulate: Annotated[int, Field(ge=1)] = 1
     """batches that an update is made from, one after the other: as one of N times the size"""
     checkpoint_activations: bool = False
-    """compute activations again in the backward pass: less memory, a third more time"""
+    """compute activations again in the backward pass: less memory, one forward pass more"""
     ema_decay: Annotated[float, Field(ge=0, le=0.999999)] = 0.9997
     """decay per step of the averaged weights"""
     ema_warmup: bool = False
