@@ -19,7 +19,7 @@ GROUND = {
     "distributed",
 }
 # A wing knows those of lower floors and nothing above. Scripts know all.
-FLOORS = {"data": 1, "images": 2, "models": 2, "evaluation": 3, "training": 4}
+FLOORS = {"data": 1, "images": 2, "models": 2, "evaluation": 3, "training": 4, "studies": 5}
 SCRIPTS = {"report", "data.__main__", "models.__main__"}
 MODULES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 
@@ -30,7 +30,7 @@ def name_of(path):
 
 def floor_of(name):
     if name in SCRIPTS:
-        return 5
+        return 6
     wing = name.partition(".")[0]
     return 0 if wing in GROUND else FLOORS[wing]
 

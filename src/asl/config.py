@@ -159,7 +159,7 @@ def read_recipe(path: str | Path, *configs: type[Config]) -> dict[str, Any]:
     Raises `UsageError` that names the file, for what is no YAML, names no setting, names one twice,
     or gives a value that the setting cannot have.
     """
-    recipe = _read_yaml(path)
+    recipe = read_yaml(path)
     names = [str(key).replace("-", "_") for key in recipe]
     for name in names:
         if names.count(name) > 1:
@@ -198,18 +198,19 @@ def _yaml() -> Any:
     return yaml
 
 
-def _read_yaml(path: str | Path) -> Mapping[Any, Any]:
+def read_yaml(path: str | Path) -> Mapping[Any, Any]:
+    """The `name: value` lines of a file. Raises `UsageError` that names it where it has no such."""
     try:
         with Path(path).open("rb") as file:
             recipe = _yaml().load(file)
     except OSError as error:
-        raise UsageError(f"cannot read the recipe {path}: {error.strerror}") from None
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:  # tags such as !!int raise whatever Python raises for their values
         raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if recipe is None:
         return {}
     if not isinstance(recipe, Mapping):
-        raise UsageError(f"{path}: a recipe is a list of `setting: value` lines")
+        raise UsageError(f"{path}: it must be a list of `setting: value` lines")
     return recipe
 
 
@@ -262,8 +263,12 @@ def _unknown(name: str, known: Iterable[str]) -> str:
 
 def _in_words(error: ValidationError, known: Iterable[str]) -> str:
     """The first mistake that pydantic found, as one line."""
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    # A name that is wrong explains why another is missing.
+    first = min(errors, key=lambda each: each["type"] != "extra_forbidden")
     name = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return f"{name} is missing"
     if first["type"] == "extra_forbidden":
         return _unknown(name, known)
     return f"{name} is {first['input']!r}, but {first['msg'].replace('Input should', 'must', 1)}"

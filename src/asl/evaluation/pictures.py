@@ -236,6 +236,30 @@ def frequency_picture(
             axes.set_xlabel("classes, the most frequent first")
 
 
+def arms_picture(panels: Mapping[str, Mapping[str, Sequence[float]]], path: str | Path) -> None:
+    """Draw the mAP of several arms, a dot for each training and a line at their mean.
+
+    One panel for each title, all with one scale; arms from top to bottom as they come.
+    """
+    names = list(dict.fromkeys(name for arms in panels.values() for name in arms))
+    width = 2.2 + 3.4 * min(3, len(panels))
+    rows = -(-len(panels) // 3)
+    height = rows * (0.7 + 0.32 * len(names)) + 0.2
+    with _figure(width, height, path, layout="constrained") as figure:
+        grid = figure.subplots(rows, min(3, len(panels)), sharex=True, sharey=True, squeeze=False)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_axis_off()
+        for axes, (title, arms) in zip(grid.flat, panels.items(), strict=False):
+            for name, figures in arms.items():
+                y = names.index(name)
+                axes.scatter(figures, [y] * len(figures), 22, color=BLUE, alpha=0.45, linewidths=0)
+                axes.vlines(np.mean(figures), y - 0.32, y + 0.32, color=ORANGE)
+            axes.set_title(title, loc="left")
+            axes.set(xlabel="mAP (%)", ylim=(len(names) - 0.5, -0.5))
+            axes.set_yticks(range(len(names)), names)
+            axes.grid(visible=False, axis="y")
+
+
 @contextmanager
 def _figure(
     width: float, height: float, path: str | Path, layout: Any = None

@@ -1,0 +1,1 @@
+"""Studies: what a setting changes, over seeds, by a command that goes on after a kill."""

@@ -1,0 +1,35 @@
+"""What a study leaves behind: every figure, a table and a picture."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from asl.atomic import write_result
+from asl.errors import DataError
+from asl.evaluation.pictures import arms_picture
+from asl.studies.plan import Study
+from asl.studies.tables import rows, table
+
+
+def publish(study: Study, trials: Sequence[Mapping[str, Any]], output: str | Path) -> str:
+    """Write NAME.json, NAME.md and NAME.png into `output`, and return the table.
+
+    Raises `DataError` where there is nothing yet, and `UsageError` where it cannot be written.
+    """
+    if not trials:
+        raise DataError(f"study {study.name} has no figures yet: run it without --tables")
+    found = rows(study.plan, trials)
+    seconds = sum(trial["seconds"] for trial in trials)
+    of = f"{len(trials)} of {len([*study.plan.trials()])} trainings, {seconds / 60:,.0f} minutes"
+    text = f"{table(study.plan, found)}\n\n{of}\n"
+    path = Path(output, study.name)
+    record = {"study": study.name, "question": study.plan.question, "trials": list(trials)}
+    write_result(path.with_suffix(".json"), (json.dumps(record, indent=1) + "\n").encode())
+    write_result(path.with_suffix(".md"), text.encode())
+    panels: dict[str, dict[str, Sequence[float]]] = {}
+    for row in found:
+        title = ", ".join(filter(None, [row.condition, row.view]))
+        panels.setdefault(title, {})[row.arm] = row.figures
+    arms_picture(panels, path.with_suffix(".png"))
+    return text

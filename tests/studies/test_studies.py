@@ -1,0 +1,264 @@
+"""Studies: what is trained is what train.py trains, once, and the table says what it may."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from run_log import figures_of
+from scipy import stats
+
+from asl.data.splits import read_split
+from asl.data.stratify import stratified_parts
+from asl.errors import DataError, UsageError
+from asl.evaluation.evaluate import evaluate
+from asl.models import create_model
+from asl.studies.on_features import OnFeatures
+from asl.studies.plan import StudyConfig, Trial, config_of, read_study
+from asl.studies.results import publish
+from asl.studies.tables import interval, rows, table
+from asl.studies.trials import run_study
+from asl.training.fit import fit
+
+ROOT = Path(__file__).parents[2]
+END_TO_END = """
+dataset: coco
+model_name: test_resnet
+image_size: 48
+batch_size: 8
+lr: 1.0e-2
+epochs: 2
+ema_decay: 0.9
+"""
+FEATURES = f"{END_TO_END}freeze: backbone\naugment: none\ncache_features: true\n"
+LOSSES = "arms: {bce: {loss: bce}, asl: {}}\nseeds: 2\n"
+
+
+@pytest.fixture
+def study_of(tmp_path, monkeypatch):
+    """Writes a plan beside a recipe and reads it; runs go to the folder of the test."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "studies").mkdir()
+
+    def written(plan, recipe=END_TO_END):
+        (tmp_path / "recipe.yaml").write_text(recipe)
+        path = tmp_path / "studies" / "losses.yaml"
+        path.write_text(f"question: which loss\nrecipe: recipe.yaml\n{plan}")
+        return read_study(path)
+
+    return written
+
+
+@pytest.fixture
+def on_cpu(small_shapes, tmp_path):
+    """The config of a study on the small data set, from a backbone in a file."""
+    torch.manual_seed(5)
+    weights = tmp_path / "backbone.pth"
+    torch.save(create_model("test_resnet", num_classes=7).state_dict(), weights)
+
+    def config(**more):
+        where = {"data": str(small_shapes), "model_path": str(weights)}
+        return StudyConfig.of(**{**where, "device": "cpu", "amp": "off", **more})
+
+    return config
+
+
+def config_like(study, config, trial, output):
+    return config_of(study, config, trial, output=str(output))
+
+
+def test_trainings_end_to_end_are_those_of_train_py(study_of, on_cpu, measuring, tmp_path):
+    study = study_of(f"{LOSSES}views: {{one: '', both: flip}}")
+    trials = run_study(study, on_cpu())
+    done = [(each["arm"], each["seed"]) for each in trials]
+    assert done == [("bce", 0), ("asl", 0), ("bce", 1), ("asl", 1)]
+    same = fit(config_like(study, on_cpu(), Trial("bce", "", 1), tmp_path / "same"))
+    assert trials[2]["mAP"]["one"] == figures_of(same)[-1]["mAP_ema"]
+    config = measuring(on_cpu().study.data, same / "last.pt", weights="ema", tta="flip")
+    assert trials[2]["mAP"]["both"] == evaluate(config)["mAP"]
+    assert len({each["mAP"]["one"] for each in trials}) == 4
+
+
+def test_heads_on_features_are_those_of_train_py(study_of, on_cpu, tmp_path):
+    study = study_of(
+        f"{LOSSES}settings: {{unannotated: negative, simulate_partial: 'rps:0.3'}}", FEATURES
+    )
+    trials = run_study(study, on_cpu())
+    trial = Trial("asl", "", 1)
+    config = config_like(study, on_cpu(), trial, tmp_path / "same")
+    assert config.labels.partial_seed == 1  # other labels are hidden for every seed
+    assert trials[3]["mAP"][""] == pytest.approx(figures_of(fit(config))[-1]["mAP_ema"], abs=1e-4)
+
+
+def test_a_study_that_was_killed_goes_on(study_of, on_cpu, small_shapes, tmp_path):
+    study_of(LOSSES)
+    command = [sys.executable, ROOT / "study.py", "studies/losses.yaml", small_shapes]
+    command += ["--device", "cpu", "--amp", "off", "--model-path", on_cpu().study.model_path]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    first = tmp_path / "runs" / "studies" / "losses" / "bce_0.json"
+    while started.poll() is None and not first.exists():
+        time.sleep(0.05)
+    os.kill(started.pid, signal.SIGKILL)
+    started.communicate()
+    before = first.read_text()
+    again = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert first.read_text() == before
+    assert "bce_0" not in again.stdout
+    assert "asl_1: " in again.stdout
+    killed = json.loads((tmp_path / "results" / "studies" / "losses.json").read_text())["trials"]
+    for folder in ("runs", "results"):
+        (tmp_path / folder).rename(tmp_path / f"killed_{folder}")
+    assert [t["mAP"] for t in killed] == [
+        t["mAP"] for t in run_study(read_study("studies/losses.yaml"), on_cpu())
+    ]
+
+
+def test_what_is_published_is_not_done_again_unless_its_settings_changed(
+    study_of, on_cpu, capsys, tmp_path
+):
+    plan = "arms: {bce: {loss: bce}, asl: {}}\nseeds: 1\n"
+    study = study_of(plan, FEATURES)
+    publish(study, run_study(study, on_cpu()), "results/studies")
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    capsys.readouterr()
+    run_study(study, on_cpu())
+    assert capsys.readouterr().out == ""
+    changed = plan.replace("asl: {}", "asl: {gamma_neg: 2}")
+    run_study(study_of(changed, FEATURES), on_cpu())
+    said = capsys.readouterr().out
+    assert "asl_0: " in said
+    assert "bce_0" not in said
+
+
+def test_a_learning_rate_is_chosen_where_val_is_not_seen(study_of, on_cpu):
+    plan = "arms: {asl: {}, frozen_in: {lr: 1.0e-9}}\nseeds: 2\nrates: [1.0e-7, 1.0e-2]\n"
+    study = study_of(plan, FEATURES)
+    trainer = OnFeatures(study, on_cpu())
+    trainer._val = None, None  # whoever looks at it fails
+    config = config_of(study, on_cpu(), Trial("asl", "", 1))
+    train_set = read_split(config.data, "train")
+    chosen = trainer._with_rate(config, Trial("asl", "", 1), train_set, np.arange(len(train_set)))
+    assert chosen.step.lr == 1e-2
+    assert chosen.step.seed == 1
+
+
+def test_folds_train_on_the_other_parts_of_the_training_split(study_of, on_cpu, monkeypatch):
+    study = study_of(f"{LOSSES}folds: 4\n", FEATURES)
+    trainer = OnFeatures(study, on_cpu())
+    train_set = read_split(config_of(study, on_cpu(), Trial("asl", "", 0)).data, "train")
+    parts = stratified_parts(train_set, 4, seed=0)
+    seen = []
+
+    def scores(config, annotations, learned, features):
+        seen.append((learned, features))
+        return OnFeatures._scores(trainer, config, annotations, learned, features)
+
+    monkeypatch.setattr(trainer, "_scores", scores)
+    for fold in range(4):
+        trainer(Trial("asl", "", 0, fold))
+        learned, features = seen[-1]
+        assert (learned == np.flatnonzero(parts != fold)).all()
+        assert features.equal(trainer._val[1][parts == fold])
+    assert len(trainer._val[0]) == len(train_set)
+
+
+def test_csl_on_features_estimates_its_prior_first(study_of, on_cpu, tmp_path):
+    csl = "unannotated: selective, prior_path: estimate, likelihood_topk: 0"
+    arms = [f"above_{t}: {{{csl}, prior_threshold: {t}}}" for t in (0, 0.3, 0.45, 0.47, 0.5, 1)]
+    study = study_of(
+        f"arms: {{ignore: {{unannotated: ignore}}, negative: {{unannotated: negative}}, "
+        f"{', '.join(arms)}}}\nseeds: 1\nsettings: {{simulate_partial: 'rps:0.5'}}\n",
+        FEATURES,
+    )
+    found = {trial["arm"]: trial["mAP"][""] for trial in run_study(study, on_cpu())}
+    # A prior is a mean of scores: all classes are above 0, and none is above 1.
+    assert found["above_0"] == found["ignore"]
+    assert found["above_1"] == found["negative"]
+    assert len({*found.values()}) >= 3, found
+
+
+@pytest.mark.parametrize(
+    ("plan", "complaint"),
+    [
+        ("arms: {asl: {gama_neg: 2}}", "arm 'asl': there is no setting 'gama_neg': did you mean"),
+        ("arms: {asl: {seed: 2}}", "arm 'asl': seed is for the study itself to set"),
+        ("arms: {asl: {}}\nfolds: 3", "folds and rates are for studies on features"),
+        ("arms: {}", "arms is {}, but"),
+        ("arms: {asl: {}}\nconditions: {few: {clip: 2}}", "condition 'few': clip is 2"),
+        ("seeds: 2", "arms is missing"),
+        ("arm: {asl: {}}", "there is no setting 'arm': did you mean arms?"),
+    ],
+)
+def test_a_plan_that_is_wrong_is_told_where(study_of, plan, complaint):
+    with pytest.raises(UsageError) as error:
+        study_of(plan)
+    assert "losses.yaml: " in str(error.value)
+    assert complaint in str(error.value)
+
+
+def test_the_numbers_of_the_recipe_s_loss_are_not_those_of_another(study_of):
+    study = study_of(LOSSES, f"{END_TO_END}gamma_neg: 3\nclip: 0.1\n")
+    assert study.settings("", "asl")["gamma_neg"] == 3
+    assert "gamma_neg" not in study.settings("", "bce")
+
+
+def trials_of(table_):
+    return [
+        {"arm": arm, "condition": "", "seed": s, "fold": f, "mAP": {"": x}, "seconds": 60.0}
+        for (arm, s, f), x in table_.items()
+    ]
+
+
+def test_differences_are_of_pairs_and_their_interval_is_student_s(study_of):
+    plan = study_of("arms: {bce: {loss: bce}, asl: {}}\nseeds: 6\n").plan
+    random = np.random.default_rng(0)
+    base, gains = random.normal(70, 2, 6), random.normal(1, 0.5, 6)
+    figures = {("bce", s, None): base[s] for s in range(6)}
+    figures |= {("asl", s, None): base[s] + gains[s] for s in range(6)}
+    [bce, asl] = rows(plan, trials_of(figures))
+    assert bce.difference is None
+    own = stats.ttest_rel(base + gains, base).confidence_interval()
+    assert asl.difference == pytest.approx((gains.mean(), own.low, own.high))
+    text = table(plan, [bce, asl])
+    assert f"| asl | {(base + gains).mean():.2f} |" in text
+    assert f"{gains.mean():+.2f} ({own.low:+.2f} to {own.high:+.2f})" in text
+
+
+def test_folds_share_images_and_their_interval_is_wider_for_it(study_of):
+    plan = study_of("arms: {bce: {loss: bce}, asl: {}}\nseeds: 2\nfolds: 5\n", FEATURES).plan
+    random = np.random.default_rng(1)
+    base, gains = random.normal(70, 2, (2, 5)), random.normal(1, 0.5, (2, 5))
+    figures = {("bce", s, f): base[s, f] for s in range(2) for f in range(5)}
+    figures |= {("asl", s, f): (base + gains)[s, f] for s in range(2) for f in range(5)}
+    asl = rows(plan, trials_of(figures))[1]
+    per_fold = gains.mean(0)
+    reach = stats.t.ppf(0.975, 4) * per_fold.std(ddof=1) * np.sqrt(1 / 5 + 1 / 4)
+    assert asl.difference == pytest.approx(
+        (per_fold.mean(), per_fold.mean() - reach, per_fold.mean() + reach)
+    )
+    assert asl.trials == 10
+    assert interval([1.0]) is None
+
+
+def test_features_need_a_trained_backbone(study_of, on_cpu):
+    with pytest.raises(UsageError, match="name its file, --model-path"):
+        run_study(study_of(LOSSES, FEATURES), on_cpu(model_path=""))
+
+
+def test_a_study_without_figures_says_so(study_of, on_cpu):
+    study = study_of(LOSSES)
+    with pytest.raises(DataError, match="no figures yet"):
+        publish(study, run_study(study, on_cpu(tables=True)), "results/studies")
+
+
+def test_the_studies_of_this_project_can_be_read():
+    studies = [read_study(path) for path in sorted((ROOT / "configs" / "studies").glob("*.yaml"))]
+    assert studies
+    for study in studies:
+        assert len({trial.name for trial in study.plan.trials()}) == len([*study.plan.trials()])
