@@ -108,8 +108,8 @@ def test_the_draw_is_the_same_everywhere():
         ("rps:-0.1", "from 0 to below 1"),
         ("rps:nan", "from 0 to below 1"),
         ("rps:half", "'rps:half': rps takes a number from 0 to below 1, as in rps:0.5"),
-        ("rsp:0.5", "no simulation 'rsp:0.5': choose fpc:N or rps:P"),
-        ("", "choose fpc:N or rps:P"),
+        ("rsp:0.5", "no simulation 'rsp:0.5': choose fpc:N, rps:P, thin"),
+        ("", "choose fpc:N, rps:P, thin"),
     ],
 )
 def test_a_wrong_scheme_is_named(case, scheme, message):
@@ -143,3 +143,49 @@ def test_rps_half_of_coco_keeps_half(coco):
     partial = random_per_sample(coco, 0.5, seed=0)
     assert len(partial.values) == pytest.approx(len(coco) * 80 / 2, rel=0.002)
     assert partial.counts(1).sum() == pytest.approx(coco.counts(1).sum() / 2, rel=0.01)
+
+
+def test_thinning_hides_positives_of_every_class_and_nothing_else(case):
+    data, table = case
+    thin = simulate(data, "thin:0.25", seed=0)
+    before, after = table, thin.dense()
+    assert (before[after != before] == 1).all()
+    assert (after[after != before] == -1).all()
+    kept, were = (after == 1).sum(0), (before == 1).sum(0)
+    np.testing.assert_array_equal(kept, np.where(were, np.maximum(1, np.round(were / 4)), 0))
+    fewer = simulate(data, "thin:0.0625", seed=0).dense()
+    assert (after[fewer == 1] == 1).all()
+    assert thin.implied == data.implied
+
+
+def test_missing_positives_become_negatives_at_the_given_rate(case):
+    data, table = case
+    after = simulate(data, "missing:0.25", seed=0).dense()
+    changed = after != table
+    assert (table[changed] == 1).all()
+    assert (after[changed] == 0).all()
+    assert changed.sum() / (table == 1).sum() == pytest.approx(0.25, abs=0.02)
+    more = simulate(data, "missing:0.5", seed=0).dense() != table
+    assert more[changed].all()
+    np.testing.assert_array_equal(simulate(data, "missing:0", seed=0).dense(), table)
+
+
+def test_a_single_positive_stays_in_every_image(case):
+    data, table = case
+    after = simulate(data, "single", seed=0).dense()
+    changed = after != table
+    assert (table[changed] == 1).all()
+    assert (after[changed] == 0).all()
+    np.testing.assert_array_equal((after == 1).sum(1), np.minimum(1, (table == 1).sum(1)))
+    # By lot: of images with both of the first classes, half keep the first.
+    both = (table[:, :3] == [1, 1, 0]).all(1)
+    assert (after[both, 0] == 1).mean() == pytest.approx(0.5, abs=0.07)
+    assert (simulate(data, "single", seed=1).dense() != after).any()
+
+
+@pytest.mark.parametrize(
+    "scheme", ["thin:0", "thin", "missing:1", "single:1", "single:nan", "thin:x"]
+)
+def test_amounts_that_make_no_sense_are_refused(case, scheme):
+    with pytest.raises(UsageError, match=f"'{scheme}': {scheme.partition(':')[0]} takes "):
+        simulate(case[0], scheme, seed=0)

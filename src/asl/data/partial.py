@@ -1,11 +1,13 @@
-"""Partial labels from full ones, as the CSL paper (arXiv 2110.10955) simulates them.
+"""Poorer labels from full ones: hidden, as the CSL paper (arXiv 2110.10955) does it, or wrong.
 
-Both schemes hide labels: a hidden cell becomes -1, and nothing in the result tells what it was.
-Cells that are not annotated stay so. The cells that stay known are drawn class by class, each from
-a random stream of its own that depends on the seed and the number of the class alone.
+A hidden cell becomes -1, and nothing in the result tells what it was. Cells that are not annotated
+stay so. What changes is drawn class by class, each from a random stream of its own that depends on
+the seed and the number of the class alone.
 """
 
+import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,24 +19,24 @@ Rows = npt.NDArray[np.int64]
 
 
 def simulate(annotations: Annotations, scheme: str, seed: int) -> Annotations:
-    """Hide labels by `scheme`: "fpc:1000" is `fixed_per_class`, "rps:0.5" `random_per_sample`.
+    """Hide or change labels by `scheme`, the name of a function of this module and its number.
+
+    "fpc:1000" is `fixed_per_class`, "rps:0.5" `random_per_sample`, "thin:0.25" `thinned`,
+    "missing:0.25" `missing_positives`, and "single" `single_positive`.
 
     Raises `UsageError` for any other scheme.
     """
-    name, _, text = scheme.partition(":")
+    name, colon, text = scheme.partition(":")
+    if name not in _SCHEMES:
+        raise UsageError(f"there is no simulation {scheme!r}: choose {SCHEMES}")
+    act, allowed, wanted = _SCHEMES[name]
     try:
-        amount = float(text)
+        amount = float(text) if colon else None
     except ValueError:
-        amount = -1
-    if name == "fpc":
-        if amount < 1 or not amount.is_integer():
-            raise UsageError(f"{scheme!r}: fpc takes a whole number from 1 on, as in fpc:1000")
-        return fixed_per_class(annotations, int(amount), seed)
-    if name == "rps":
-        if not 0 <= amount < 1:
-            raise UsageError(f"{scheme!r}: rps takes a number from 0 to below 1, as in rps:0.5")
-        return random_per_sample(annotations, amount, seed)
-    raise UsageError(f"there is no simulation {scheme!r}: choose fpc:N or rps:P")
+        amount = math.nan
+    if not allowed(amount):
+        raise UsageError(f"{scheme!r}: {name} takes {wanted}")
+    return act(annotations, amount, seed)
 
 
 def fixed_per_class(annotations: Annotations, n: int, seed: int) -> Annotations:
@@ -59,6 +61,99 @@ def random_per_sample(annotations: Annotations, p: float, seed: int) -> Annotati
         return [rows[random.random(len(rows)) >= p] for rows in known]
 
     return _with_cells(annotations, seed, choose)
+
+
+def thinned(annotations: Annotations, share: float, seed: int) -> Annotations:
+    """Of every class keep this share of the present cells, and hide the others.
+
+    The class becomes rarer, and no other class changes. At least one present cell of a class stays.
+    With the same seed, a smaller share keeps a part of what a larger one keeps.
+    """
+
+    def choose(random: np.random.Generator, present: Rows) -> Rows:
+        return random.permutation(present)[max(1, round(share * len(present))) :]
+
+    return _with_value(annotations, seed, choose, UNANNOTATED)
+
+
+def missing_positives(annotations: Annotations, share: float, seed: int) -> Annotations:
+    """Turn present cells into absent ones, each with this probability: labels that are wrong.
+
+    With the same seed, a larger share turns those that a smaller one turns, and more.
+    """
+
+    def choose(random: np.random.Generator, present: Rows) -> Rows:
+        return present[random.random(len(present)) < share]
+
+    return _with_value(annotations, seed, choose, ABSENT)
+
+
+def single_positive(annotations: Annotations, seed: int) -> Annotations:
+    """Keep one present cell of every image, drawn by lot, and turn its others into absent ones.
+
+    The setting of Cole et al. 2021 (arXiv 2106.09708), where all else is assumed to be absent.
+    """
+    rows = np.repeat(np.arange(len(annotations)), np.diff(annotations.indptr))
+    lots = np.random.Generator(np.random.Philox([seed, annotations.num_classes])).random(len(rows))
+    present = annotations.values == PRESENT
+    order = np.lexsort((lots, ~present, rows))  # the first of a row is the one that stays
+    first = np.ones(len(rows), dtype=bool)
+    first[1:] = rows[order][1:] != rows[order][:-1]
+    turned = np.zeros(len(rows), dtype=bool)
+    turned[order] = ~first
+    values = np.where(turned & present, ABSENT, annotations.values)
+    return _of_values(annotations, rows, values)
+
+
+SCHEMES = "fpc:N, rps:P, thin:SHARE, missing:SHARE or single"
+# The function, the numbers that it takes, and those in words.
+_SCHEMES: dict[str, tuple[Callable[..., Annotations], Callable[[Any], bool], str]] = {
+    "fpc": (
+        lambda labels, n, seed: fixed_per_class(labels, int(n), seed),
+        lambda n: n and n >= 1 and n.is_integer(),
+        "a whole number from 1 on, as in fpc:1000",
+    ),
+    "rps": (
+        random_per_sample,
+        lambda p: p is not None and 0 <= p < 1,
+        "a number from 0 to below 1, as in rps:0.5",
+    ),
+    "thin": (
+        thinned,
+        lambda share: share is not None and 0 < share <= 1,
+        "a number above 0 and to 1, as in thin:0.25",
+    ),
+    "missing": (
+        missing_positives,
+        lambda share: share is not None and 0 <= share < 1,
+        "a number from 0 to below 1, as in missing:0.25",
+    ),
+    "single": (
+        lambda labels, _, seed: single_positive(labels, seed),
+        lambda number: number is None,
+        "no number",
+    ),
+}
+
+
+def _with_value(
+    annotations: Annotations,
+    seed: int,
+    choose: Callable[[np.random.Generator, Rows], Rows],
+    value: int,
+) -> Annotations:
+    """The same labels, but for the present cells that `choose` picks of each class."""
+    rows = np.repeat(np.arange(len(annotations)), np.diff(annotations.indptr))
+    values = annotations.values.copy()
+    for column in range(annotations.num_classes):
+        cells = np.flatnonzero((annotations.indices == column) & (annotations.values == PRESENT))
+        values[choose(np.random.Generator(np.random.Philox([seed, column])), cells)] = value
+    return _of_values(annotations, rows, values)
+
+
+def _of_values(annotations: Annotations, rows: Rows, values: npt.NDArray[np.int8]) -> Annotations:
+    a = annotations
+    return Annotations.from_cells(a.root, a.files, a.classes, rows, a.indices, values, a.implied)
 
 
 def _with_cells(

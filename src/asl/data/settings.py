@@ -47,6 +47,7 @@ class LabelSettings(Settings):
     """openimages: train also on the machine's labels of at least this confidence"""
     simulate_partial: OptionalStr = None
     """hide training labels: fpc:N keeps N positives and negatives per class, rps:P hides a cell
-    with probability P"""
+    with probability P, thin:S keeps a share S of each class's positives; or falsify them: missing:S
+    turns a share S of the positives into negatives, single all but one of an image"""
     partial_seed: Annotated[int, Field(ge=0)] = 0
     """which labels are hidden, whatever --seed is"""
