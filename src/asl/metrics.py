@@ -128,10 +128,10 @@ def best_thresholds(scores: Table, targets: Table) -> npt.NDArray[np.float64]:
 def precision_thresholds(
     scores: Table, targets: Table, precision: float
 ) -> npt.NDArray[np.float64]:
-    """Return the lowest threshold at which a class has at least this precision, in (0, 1]: (C,).
+    """Return the threshold of highest recall at which a class has at least this precision: (C,).
 
-    That is the one of highest recall. Infinite for a class that reaches it nowhere, NaN for one
-    without positives; else it lies between scores as that of `best_thresholds` does.
+    The precision is in (0, 1]. Infinite for a class that reaches it nowhere, NaN for one without
+    positives; else it lies between scores as that of `best_thresholds` does.
     """
 
     def lowest(true: Counts, false: Counts) -> int | None:

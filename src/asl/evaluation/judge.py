@@ -45,15 +45,16 @@ class Origin:
         return cls(**facts)  # type: ignore[arg-type]  # as just checked
 
     def misfit(self, scorer: Scorer, tta: str) -> str:
-        """Why what was chosen does not hold for these scores; empty if it does."""
+        """What was chosen is for other scores than these, and so: empty if it is not."""
         if len(scorer.weights) > 1:
-            return "they hold for that checkpoint alone, not for a mean of scores"
+            return "which holds for the scores of that checkpoint alone"
         now = {"weights": scorer.weights[0], "image_size": scorer.images.image_size, "tta": tta}
-        return ", ".join(
-            f"they are for {name} {getattr(self, name) or 'none'}, not {value or 'none'}"
+        differing = [
+            f"{name} {getattr(self, name) or 'none'} (now {value or 'none'})"
             for name, value in now.items()
             if getattr(self, name) != value
-        )
+        ]
+        return f"made for {', '.join(differing)}" if differing else ""
 
     def __str__(self) -> str:
         return f"{self.dataset} {self.split}"
@@ -106,9 +107,9 @@ class Judge:
                     raise DataError(f"{path}: its {name} cannot be used: {error}") from error
                 why = origin.misfit(scorer, tta)
                 if name == THRESHOLDS and threshold is not None:
-                    why = f"--threshold {threshold:g} is given"
+                    why = f"as --threshold {threshold:g} is given"
                 if why:
-                    notes.append(f"the {name} stored in {path} are not used: {why}")
+                    notes.append(f"not used: the {name} in {path}, {why}")
                 else:
                     found |= made
         return cls(**found, notes=tuple(notes))

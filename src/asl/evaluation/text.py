@@ -119,7 +119,7 @@ def _at_thresholds(figures: Mapping[str, Any]) -> list[str]:
 def _source(origin: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
     """Where something stored was chosen, with a warning if that is what is measured here."""
     text = f"from {origin['images']:,} images of {origin['dataset']} {origin['split']}"
-    same = all(origin[name] == figures.get(name) for name in ("dataset", "split"))
+    same = all(origin[name] == figures[name] for name in ("dataset", "split", "images"))
     return text + (": these very images, so they fit them too well" if same else "")
 
 

@@ -125,19 +125,19 @@ def cross_fitted(
 
     def one(scores: Table, targets: Table) -> Callable[[Table], Table]:
         limit = common_threshold(scores, targets, rule)
-        return lambda others: others > limit
+        return lambda others: _above(others, limit)
 
     def each(scores: Table, targets: Table) -> Callable[[Table], Table]:
         limits = tuned(scores, targets, rule)
-        return lambda others: others > limits
+        return lambda others: _above(others, limits)
 
     common, limits = common_threshold(scores, targets, rule), tuned(scores, targets, rule)
     predicted: dict[str, Table] = {
-        "threshold": scores > threshold,
+        "threshold": _above(scores, threshold),
         "common": out_of_fold(one, scores, targets, folds, seed) > 0,
         "per_class": out_of_fold(each, scores, targets, folds, seed) > 0,
-        "common_same_images": scores > common,
-        "per_class_same_images": scores > limits,
+        "common_same_images": _above(scores, common),
+        "per_class_same_images": _above(scores, limits),
     }
     figures = {}
     for name, table in predicted.items():  # a prediction is a score of 0 or 1
@@ -155,6 +155,13 @@ def cross_fitted(
         "unreached": np.flatnonzero(unreached(scores, targets, rule)).tolist(),
         **{"at": figures, "gain": gains},
     }
+
+
+def _above(scores: Table, limits: float | Thresholds) -> Table:
+    # NumPy would round a Python number to the type of the scores, and a threshold that lies just
+    # below a score to that score.
+    above: Table = scores > np.asarray(limits, np.float64)
+    return above
 
 
 def gain_in_macro_f1(
