@@ -20,8 +20,8 @@ Method = Literal["temperature", "platt", "isotonic"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 # How many positives a class needs for its own map to count as much as the common one. From
-# studies/threshold_shrinkage.py on VOC 2007: a class whose map is made from few must not get a
-# silly one, and 50 is near the best for all three methods.
+# studies/threshold_shrinkage.py on VOC 2007: the Brier score of Platt's lines and isotonic maps is
+# within 0.0001 of the best of 0 to 300, for 50 images and for 1,600.
 SHRINKAGE = 50
 BINS = 15  # as Guo et al. have it
 _COMMON_CELLS = 1_000_000  # the common map is fitted to about so many cells at most
