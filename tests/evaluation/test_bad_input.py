@@ -1,7 +1,25 @@
 """Results that cannot be made or written: one line that says so, nothing left behind."""
 
 import pytest
+import torch
 from bad_input import edit
+from safetensors.torch import save_file
+
+from asl.models import checkpoint
+
+ORIGIN = {
+    **{"weights": "ema", "image_size": 32, "tta": ""},
+    **{"dataset": "coco", "split": "val2014", "images": 2},
+}
+
+
+def stored(name, entry):
+    def spoil(root):
+        path = root / "model.pt"
+        checkpoint.amend(path, {name: entry}, checkpoint.version(path))
+
+    return spoil
+
 
 CASES = {
     "threshold above one": ("infer --threshold 1.5", 2, "threshold is 1.5"),
@@ -17,6 +35,59 @@ CASES = {
         "infer --model-path model.pt none.pt",
         1,
         "none.pt: cannot be read",
+    ),
+    "no rule for thresholds": ("validate coco --tune-thresholds f2", 2, "tune_thresholds is 'f2'"),
+    "a precision of nothing": (
+        "validate coco --tune-thresholds precision:0.0",
+        2,
+        "tune_thresholds is 'precision:0.0'",
+    ),
+    "no way to calibrate": ("validate coco --calibrate beta", 2, "calibrate"),
+    "too few images to choose thresholds on": (
+        "validate coco --tune-thresholds f1",
+        1,
+        "2 images to choose thresholds or a calibration on: at least 5",
+    ),
+    "thresholds for a mean of scores": (
+        "validate coco --calibrate platt --model-path model.pt model.pt",
+        2,
+        "name one checkpoint",
+    ),
+    "thresholds into a file of weights alone": (
+        "validate coco --tune-thresholds f1 --model-path weights.safetensors",
+        2,
+        "weights.safetensors holds weights alone",
+        lambda root: save_file({"fc.weight": torch.ones(2, 3)}, root / "weights.safetensors"),
+    ),
+    "thresholds of other classes": (
+        "infer",
+        1,
+        "model.pt: its thresholds cannot be used: not 2 values",
+        stored("thresholds", {**ORIGIN, "values": torch.ones(3)}),
+    ),
+    "thresholds outside of all scores": (
+        "infer",
+        1,
+        "a value is outside of [0, 1]",
+        stored("thresholds", {**ORIGIN, "values": torch.tensor([0.5, torch.nan])}),
+    ),
+    "thresholds that are a list": (
+        "infer",
+        1,
+        "its thresholds cannot be used: a list in place of",
+        stored("thresholds", [0.5, 0.5]),
+    ),
+    "a calibration of images unknown": (
+        "validate coco",
+        1,
+        "its calibration cannot be used: images is None",
+        stored("calibration", {**ORIGIN, "images": None}),
+    ),
+    "a calibration of no method": (
+        "validate coco",
+        1,
+        "its calibration cannot be used: its method is None",
+        stored("calibration", ORIGIN),
     ),
     "no picture": ("infer --pic-path ''", 2, "--pic-path"),
     "pictures below a file": ("infer --output prior.csv/pictures", 2, "prior.csv"),

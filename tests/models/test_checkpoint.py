@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from asl.errors import DataError
+from asl.errors import DataError, UsageError
 from asl.models import checkpoint
 
 WEIGHTS = {"fc.weight": torch.arange(6.0).view(2, 3), "fc.bias": torch.ones(2)}
@@ -354,3 +354,86 @@ def test_an_interrupted_save_leaves_the_previous_file_alone(tmp_path, monkeypatc
         checkpoint.save(path, {"model": {"fc.weight": torch.zeros(1)}})
     assert_same(checkpoint.load(path)["model"])
     assert list(tmp_path.iterdir()) == [path]
+
+
+def assert_equal(one, other, path=""):
+    """Two contents of files are the same, tensors and types included."""
+    assert type(one) is type(other), path
+    if isinstance(one, dict):
+        assert list(one) == list(other), path
+        for name in one:
+            assert_equal(one[name], other[name], f"{path}.{name}")
+    elif isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype, path
+        assert torch.equal(one, other), path
+    else:
+        assert one == other, path
+
+
+@pytest.fixture
+def of_a_run(tmp_path):
+    path = tmp_path / "run.pt"
+    sets = {name: {"module.w": torch.randn(100_000)} for name in ("ema", "regular")}
+    rest = {"training": {"step": torch.tensor(3)}, "history": [{"mAP": 1.0, "x": None}]}
+    checkpoint.save(path, {**sets, "best": "regular", "num_classes": 2, **rest})
+    return path
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_an_amended_file_has_the_new_entries_and_everything_else_as_before(of_a_run, official):
+    if official:
+        torch.save({"state_dict": WEIGHTS, "args": argparse.Namespace(lr=1)}, of_a_run)
+    before, size = torch.load(of_a_run, weights_only=not official), of_a_run.stat().st_size
+    for value in (1.0, 2.0):
+        entries = {"thresholds": {"values": torch.tensor([value])}}
+        checkpoint.amend(of_a_run, entries, checkpoint.version(of_a_run))
+    after = torch.load(of_a_run, weights_only=not official)
+    assert_equal(after.pop("thresholds"), entries["thresholds"])
+    assert_equal(after, before)
+    assert of_a_run.stat().st_size < size + 3000  # "model" is one of the sets still
+    assert_equal(checkpoint.load(of_a_run)["thresholds"], entries["thresholds"])
+    assert list(of_a_run.parent.iterdir()) == [of_a_run]
+
+
+def test_a_file_that_a_link_leads_to_is_amended(of_a_run):
+    link = of_a_run.with_name("link.pt")
+    link.symlink_to(of_a_run)
+    checkpoint.amend(link, {"thresholds": 1}, checkpoint.version(link))
+    assert link.is_symlink()
+    assert checkpoint.load(of_a_run)["thresholds"] == 1
+
+
+def test_a_file_that_was_replaced_meanwhile_is_not_amended(of_a_run):
+    version = checkpoint.version(of_a_run)
+    checkpoint.save(of_a_run, checkpoint.load(of_a_run))
+    before = of_a_run.read_bytes()
+    with pytest.raises(DataError, match=r"run\.pt was replaced while it was measured"):
+        checkpoint.amend(of_a_run, {"thresholds": 1}, version)
+    assert of_a_run.read_bytes() == before
+
+
+def test_a_kill_or_a_full_disk_leaves_the_file_that_was_to_be_amended(of_a_run, request):
+    before = of_a_run.read_bytes()
+    version = checkpoint.version(of_a_run)
+    child = os.fork()
+    if not child:  # killed when half of it is written
+        limit = len(before) // 2
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        signal.signal(signal.SIGXFSZ, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        checkpoint.amend(of_a_run, {"thresholds": 1}, version)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert of_a_run.read_bytes() == before
+    request.getfixturevalue("disk_of_a_megabyte")
+    large = torch.randn(300_000)
+    with pytest.raises(DataError, match=r"cannot be written: File too large"):
+        checkpoint.amend(of_a_run, {"thresholds": large}, version)
+    assert of_a_run.read_bytes() == before
+
+
+def test_files_without_room_for_entries_are_named(tmp_path):
+    save_file(WEIGHTS, tmp_path / "a.safetensors")
+    torch.save(WEIGHTS, tmp_path / "a.pt")
+    for name in ("a.safetensors", "a.pt"):
+        with pytest.raises(UsageError, match=rf"{name} holds weights alone"):
+            checkpoint.version(tmp_path / name)

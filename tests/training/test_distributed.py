@@ -46,6 +46,7 @@ STATE = ("--running-prior", "--adaptive-gamma", 0.3, "--accumulate", 2)
 MEASURE = ("--model-path", "one.pt", "--batch-size", 3, "--workers", 0, *MODEL)
 PRIOR = ("--estimate-prior",)
 PICTURES = ("--pic-path", "pictures", "--output")
+CHOOSE = ("--tune-thresholds", "f1", "--calibrate", "platt", *MEASURE[2:])
 # Several scripts in the processes of one torchrun, which takes seconds to start them.
 IN_TURN = f"""
 import json, runpy, sys
@@ -90,6 +91,7 @@ def jobs(ranks):
             *MEASURE,
         ),
         ("infer.py", "--json", f"labels{ranks}.json", *PICTURES, f"labelled{ranks}", *MEASURE),
+        ("validate.py", "--model-path", f"tuned{ranks}.pt", *CHOOSE),
         ("train.py", "data", "--output", f"head{ranks}", *HEAD, *TRAIN),
     ]
 
@@ -142,8 +144,9 @@ def world(tmp_path_factory, small_shapes):
         for words in jobs(1):
             patch.setattr(sys, "argv", [str(word) for word in words])
             runpy.run_path(str(REPOSITORY / words[0]), run_name="__main__")
-            if words[0] == "train.py":
-                shutil.copy("run1/best.pt", "one.pt")
+            if words[0] == "train.py" and not Path("one.pt").exists():
+                for name in ("one", "tuned1", "tuned2", "tuned3"):
+                    shutil.copy("run1/best.pt", f"{name}.pt")
     (root / "in_turn.py").write_text(IN_TURN)
     (root / "agree.py").write_text(AGREE)
     return root
@@ -275,6 +278,14 @@ class TestAnyNumberOfRanks:
             scores = [{x["name"]: x["score"] for x in each["labels"]} for each in (mine, other)]
             assert scores[0] == pytest.approx(scores[1], abs=2e-4)
         assert len(list((world / f"labelled{ranks}").iterdir())) == 5
+
+    def test_stores_the_same_thresholds(self, ranks, world):
+        one, many = (checkpoint.load(world / f"tuned{n}.pt") for n in (1, ranks))
+        for name, which in (("thresholds", "values"), ("calibration", "slope")):
+            pair = [each[name].pop(which) for each in (many, one)]
+            torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-3)
+        assert many["thresholds"].pop("common") == pytest.approx(one["thresholds"].pop("common"))
+        assert many["thresholds"] == one["thresholds"]
 
     def test_agrees(self, ranks, world):
         stop = [False, False, False, True, False]  # one call after the wish
