@@ -12,6 +12,7 @@ import socket
 import sys
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
@@ -202,6 +203,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
+        if self.close_connection:
+            self._wait_for_the_end()
+
+    def _wait_for_the_end(self) -> None:
+        """Throw away what still comes: to close on it would take the answer back (a reset)."""
+        self.wfile.flush()
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(1)
+            left = MAX_UPLOAD
+            while left > 0 and (thrown := self.rfile.read1(2**16)):
+                left -= len(thrown)
 
     def _check_sender(self) -> None:
         """Refuse what other pages that are open in the browser send, or have a name for."""
