@@ -1,4 +1,4 @@
-"""Label an image, or a folder of images: see `python infer.py --help`."""
+"""Label an image or a folder of images, or serve a page that does: see `python infer.py --help`."""
 
 import os
 import sys
@@ -14,27 +14,28 @@ from asl.evaluation.settings import InferConfig, trained_with
 
 
 def main() -> None:
-    """Parse, predict, print the labels and draw them beside the images."""
-    about = "Label an image, or every image of a folder."
+    """Parse, predict, print the labels, write and draw what is wanted; or serve the page."""
+    about = "Label an image, every image of a folder, or pictures that are dropped on a page."
     config = parse(InferConfig, "infer", about, trained_with=trained_with)
 
-    from asl.evaluation.pictures import draw_predictions
-    from asl.evaluation.predict import predict
-    from asl.evaluation.text import prediction_text, write_json
+    from asl.evaluation.predict import load_predictor, predict
+    from asl.evaluation.results import write_results
+    from asl.evaluation.text import prediction_text
 
+    wanted = config.evaluation
+    if wanted.serve:
+        from asl.evaluation.serve import serve
+
+        serve(load_predictor(config), wanted.host, wanted.port, wanted.explain)
+        return
     predictions = predict(config)
-    if not predictions:
+    if predictions is None:
         return  # rank 0 has them
+    print(*predictions.predictor.judge.lines(), sep="\n")
     for prediction in predictions:
         print(prediction_text(prediction))
-    wanted = config.evaluation
-    if wanted.json_file:
-        write_json(predictions, wanted.json_file)
-        print(f"all labels: {wanted.json_file}")
-    if wanted.draw:
-        folder = wanted.output or "predictions"
-        draw_predictions(predictions, folder)
-        print(f"pictures: {folder}")
+    for line in write_results(predictions, wanted):
+        print(line)
 
 
 if __name__ == "__main__":

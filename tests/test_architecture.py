@@ -143,3 +143,5 @@ def test_the_public_interface_is_where_it_was_promised():
         "from asl.models import create_model, load_weights"
     )
     assert loaded_after(statement, "asl.models.build") == ["asl.models.build"]
+    statement = "from asl import Predictor"
+    assert loaded_after(statement, "asl.models.build", "matplotlib") == ["asl.models.build"]

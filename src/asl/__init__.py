@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from asl.evaluation.predictor import Predictor
     from asl.losses import (
         ASLSingleLabel,
         AsymmetricLoss,
@@ -16,6 +17,7 @@ __all__ = [
     "AsymmetricLoss",
     "AsymmetricLossOptimized",
     "PartialSelectiveLoss",
+    "Predictor",
     "asymmetric_loss",
 ]
 __version__ = "0.1.0"
@@ -23,6 +25,10 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     # torch takes seconds to import: not paid for `python train.py --help`, only for a loss.
+    if name == "Predictor":  # it needs the extra `train`
+        from asl.evaluation.predictor import Predictor
+
+        return Predictor
     if name in __all__:
         from asl import losses
 

@@ -1,6 +1,8 @@
 """Writing files that are never seen half-written."""
 
+import errno
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -37,10 +39,36 @@ def write_result(path: str | Path, content: bytes) -> None:
 
     Raises `UsageError` where it cannot be written.
     """
+    with result_file(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def result_file(path: str | Path) -> Iterator[BinaryIO]:
+    """The same for a file that is written bit by bit inside the block."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
-            file.write(content)
+            yield file
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def check_result(path: str | Path) -> None:
+    """Raise `UsageError` if a file cannot be written there now; leaves nothing behind.
+
+    For what takes long to compute: the mistake is known before.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        folder = path.parent
+        while not folder.exists():
+            folder = folder.parent
+        # Permissions do not tell all: a network folder, or one that is read-only, may refuse.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from error
 

@@ -139,7 +139,7 @@ def parse(
     typed = _typed(argv, config)
     settings: dict[str, Any] = {}
     if trained_with is not None and typed.get("model_path"):
-        settings |= _of_checkpoint(config, typed["model_path"], trained_with)
+        settings |= of_checkpoint(config, typed["model_path"], trained_with)
     if typed.get("config"):
         recipe = read_recipe(typed["config"], *[each for each in (config, recipes) if each])
         settings |= {name: recipe[name] for name in config.names() if name in recipe}
@@ -151,6 +151,22 @@ def parse(
         default=config.of(**settings),
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.SuppressFixed),
     )
+
+
+def of_checkpoint(
+    config: type[Config], path: str, trained_with: Callable[[str], Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The settings of `from_checkpoint` that `trained_with` knows of the checkpoint at `path`.
+
+    Raises `DataError` for values that a setting cannot have.
+    """
+    trained = trained_with(path)
+    try:
+        known = {name: trained[name] for name in config.from_checkpoint if name in trained}
+        checked = config.of(**known).flat()
+    except (UsageError, TypeError) as error:
+        raise DataError(f"{path}: its config cannot be used: {error}") from None
+    return {name: checked[name] for name in known}
 
 
 def read_recipe(path: str | Path, *configs: type[Config]) -> dict[str, Any]:
@@ -212,18 +228,6 @@ def read_yaml(path: str | Path) -> Mapping[Any, Any]:
     if not isinstance(recipe, Mapping):
         raise UsageError(f"{path}: it must be a list of `setting: value` lines")
     return recipe
-
-
-def _of_checkpoint(
-    config: type[Config], path: str, trained_with: Callable[[str], Mapping[str, Any]]
-) -> dict[str, Any]:
-    trained = trained_with(path)
-    try:
-        known = {name: trained[name] for name in config.from_checkpoint if name in trained}
-        checked = config.of(**known).flat()
-    except (UsageError, TypeError) as error:
-        raise DataError(f"{path}: its config cannot be used: {error}") from None
-    return {name: checked[name] for name in known}
 
 
 def _with_bare_resume(argv: Sequence[str]) -> list[str]:

@@ -93,6 +93,18 @@ CASES = {
     "pictures below a file": ("infer --output prior.csv/pictures", 2, "prior.csv"),
     "json below a file": ("validate coco --json prior.csv/x.json", 2, "prior.csv"),
     "json is a folder": ("infer --no-draw --json coco", 2, "coco"),
+    "csv is a folder": ("infer --no-draw --csv coco", 2, "cannot write coco: Is a directory"),
+    "a contact sheet of another kind": ("infer --contact-sheet a.gif", 2, "must end in .png"),
+    "two results in one file": ("infer --csv a --jsonl ./a", 2, "are one file"),
+    "no attention to look at": ("infer --explain attention", 2, "head is not ml_decoder"),
+    "a map of one pixel": ("infer --explain gradcam", 2, "one pixel"),
+    "an address of another machine": ("infer --serve --host 192.0.2.1", 2, "cannot serve at"),
+    "a page that explains what it cannot": (
+        "infer --serve --port 0 --explain attention",
+        2,
+        "head is not ml_decoder",
+    ),
+    "no port": ("infer --serve --port 70000", 2, "port is 70000"),
     "prior below a file": ("validate coco --estimate-prior prior.csv/x.csv", 2, "prior.csv"),
     "other classes than the data": (
         "validate zoo --dataset nus_wide --val-split train",

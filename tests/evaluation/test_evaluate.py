@@ -158,7 +158,7 @@ def test_the_labels_of_an_image_are_its_highest_scores(
         for label in prediction["labels"]:
             assert round(row[scorer.classes.index(label["name"])].item(), 4) == label["score"]
     assert len(predict(labelling(folder, best, top_k=3))[0]["labels"]) == 3
-    json.dumps(predictions)
+    json.dumps([*predictions])
 
 
 def test_a_score_at_the_threshold_is_not_predicted(labelling, scorer, small_shapes, best):

@@ -108,7 +108,7 @@ def test_a_data_set_may_move(annotations, folder, tmp_path):
     assert ImageCache.open(folder, moved, SIZE, workers=0).path == first.path
 
 
-@pytest.mark.parametrize("change", ["size", "order", "names", "name", "content", "decoder"])
+@pytest.mark.parametrize("change", ["size", "order", "names", "name", "content", "decoder", "exif"])
 def test_what_changes_the_pixels_changes_the_file(annotations, folder, monkeypatch, change):
     first, size = ImageCache.open(folder, annotations, SIZE, workers=0), SIZE
     if change == "size":
@@ -124,10 +124,22 @@ def test_what_changes_the_pixels_changes_the_file(annotations, folder, monkeypat
         Image.new("RGB", (8, 8)).save(annotations.path(17))
     elif change == "decoder":
         monkeypatch.setattr("torchvision.__version__", "0.0")
-    second = ImageCache.open(folder, annotations, size, workers=0)
+    second = ImageCache.open(folder, annotations, size, workers=0, exif_rotate=change == "exif")
     assert files_in(folder) == sorted([first.path.name, second.path.name])
     assert first.path != second.path
     assert torch.equal(read(second, 17), squished(annotations, 17, size))
+
+
+def test_a_cache_holds_images_turned_by_exif_where_that_is_wanted(annotations, folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(annotations.path(3)) as picture:
+        picture.save(annotations.path(3), exif=exif)
+    upright = squish(read_image(annotations.path(3), exif_rotate=True), SIZE)
+    assert not torch.equal(upright, squished(annotations, 3))
+    for exif_rotate, expected in ((True, upright), (False, squished(annotations, 3))):
+        cache = ImageCache.open(folder, annotations, SIZE, workers=0, exif_rotate=exif_rotate)
+        assert torch.equal(read(cache, 3), expected)
 
 
 def test_any_picture_of_a_large_set_that_changes_its_size_changes_the_file(annotations, folder):

@@ -6,7 +6,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from asl.errors import DataError
 from asl.images import decode
@@ -103,6 +103,69 @@ def test_every_kind_of_image_reads_as_pillow_converts_it_whatever_its_name(kind,
     image = read_image(path)
     assert image.dtype == torch.uint8
     assert torch.equal(image, expected)
+
+
+def oriented(picture, file_format, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encode(picture, file_format, exif=exif)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_turns_a_photograph_on_request_as_pillow_does(file_format, orientation, picture):
+    content = oriented(picture, file_format, orientation)
+    with Image.open(io.BytesIO(content)) as opened:
+        as_it_is, upright = tensor(opened), tensor(ImageOps.exif_transpose(opened))
+    assert torch.equal(read_image(content), as_it_is)
+    image = read_image(content, exif_rotate=True)
+    assert torch.equal(image, upright)
+    assert image.permute(1, 2, 0).is_contiguous()
+    turned = orientation in range(5, 9)
+    assert image.shape == ((3, 120, 90) if turned else (3, 90, 120))
+    if file_format != "TIFF":  # Pillow turns those whenever it reads them
+        assert torch.equal(as_it_is, upright) == (orientation not in range(2, 9))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow's, whoever opens such a file
+@pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0text"])
+def test_damaged_exif_leaves_a_photograph_as_it_is(exif, picture):
+    content = encode(picture, "JPEG", exif=exif)
+    assert torch.equal(read_image(content, exif_rotate=True), read_image(content))
+
+
+@pytest.mark.parametrize("kind", READABLE)
+def test_a_picture_in_memory_has_the_pixels_of_its_file(kind, picture, tmp_path):
+    content = READABLE[kind](picture)
+    (tmp_path / "a").write_bytes(content)
+    from_file = read_image(tmp_path / "a")
+    assert torch.equal(read_image(content), from_file)
+    with Image.open(io.BytesIO(content)) as opened:
+        assert torch.equal(read_image(opened), from_file)
+        if opened.mode in ("RGB", "L"):
+            array = np.asarray(opened)
+            assert torch.equal(read_image(array), from_file)
+            assert torch.equal(read_image(array[::-1]), from_file.flip(1))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (b"", "the file is empty"),
+        (b"some text", "not an image, or of an unknown format"),
+        (np.zeros((3, 40, 30), np.uint8), r"not \(3, 40, 30\) uint8"),
+        (np.zeros((40, 30, 3), np.float32), r"not \(40, 30, 3\) float32"),
+        (np.zeros((40, 30), np.float32), "floating point"),
+        (np.zeros((0, 30, 3), np.uint8), "30 x 0 pixels are no picture"),
+        (np.zeros((40, 31, 3), np.uint8), "31 x 40 pixels are more than the limit of 1,200"),
+        (Image.new("RGB", (31, 40)), "31 x 40 pixels are more than the limit of 1,200"),
+        (17, "not int"),
+        (None, "not NoneType"),
+    ],
+)
+def test_what_is_no_picture_in_memory_is_an_error_that_says_so(source, message):
+    with pytest.raises(DataError, match=message):
+        read_image(source, max_pixels=1200)
 
 
 def test_a_palette_with_alpha_keeps_its_colours(picture, tmp_path):

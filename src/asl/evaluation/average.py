@@ -61,5 +61,9 @@ class Renormalized(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images that were `given` to logits."""
-        logits: Tensor = self.model(images * self.scale + self.shift)
+        logits: Tensor = self.model(self.renormalized(images))
         return logits
+
+    def renormalized(self, images: Tensor) -> Tensor:
+        """Images that were `given`, as the model takes them."""
+        return images * self.scale + self.shift

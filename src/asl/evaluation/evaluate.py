@@ -1,5 +1,6 @@
 """A checkpoint measured on a data set, and the figures that an epoch is judged by."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from asl.atomic import check_result
 from asl.data.annotations import PRESENT, UNANNOTATED, Annotations
 from asl.data.classes import read_descriptions
 from asl.data.prior import write_prior
@@ -46,6 +48,8 @@ def evaluate(config: ValidateConfig) -> dict[str, Any]:
     Raises `UsageError` and `DataError` for what is wrong with the input.
     """
     wanted, paths = config.evaluation, config.model.model_path
+    for path in filter(None, (wanted.json_file, wanted.estimate_prior)):
+        check_result(path)
     changes = {"thresholds": wanted.tune_thresholds, "calibration": wanted.calibrate}
     chosen_anew = [name for name, how in changes.items() if how]
     with process_group(pick_device(config.run.device)) as device:
@@ -214,8 +218,16 @@ def evaluated_as(data: DataSettings) -> str:
 
 
 def display_names(descriptions: str, classes: Sequence[str]) -> list[str]:
-    """What to call the classes: as the CSV `descriptions` says, where there is one."""
+    """What to call the classes: as the CSV `descriptions` says, where there is one.
+
+    Where that calls several by one name, the class is in brackets behind it.
+    """
     if not descriptions:
         return list(classes)
-    names = read_descriptions(Path(descriptions))
-    return [names.get(name, name) for name in classes]
+    known = read_descriptions(Path(descriptions))
+    names = [known.get(name, name) for name in classes]
+    count = Counter(names)
+    return [
+        name if count[name] == 1 else f"{name} ({own})"
+        for name, own in zip(names, classes, strict=True)
+    ]

@@ -9,7 +9,7 @@ the facts of `Origin`, all in one dictionary of plain values and tensors:
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Self
+from typing import Any, NotRequired, Self, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +58,15 @@ class Origin:
 
     def __str__(self) -> str:
         return f"{self.dataset} {self.split}"
+
+
+class Judged(TypedDict):
+    """What a score says, in [0, 1] and of four decimals; a probability with a calibration alone."""
+
+    score: float
+    predicted: bool
+    threshold: float
+    probability: NotRequired[float]
 
 
 @dataclass(frozen=True)
@@ -114,14 +123,14 @@ class Judge:
                     found |= made
         return cls(**found, notes=tuple(notes))
 
-    def label(self, number: int, score: float) -> dict[str, Any]:
+    def label(self, number: int, score: float) -> Judged:
         """What is to be said of class `number` with this score.
 
         "score", whether it is "predicted", the "threshold", and with a calibration "probability",
         all in [0, 1].
         """
         limit = float(self.thresholds[number])
-        label = {
+        label: Judged = {
             "score": round(score, 4),
             "predicted": score > limit,
             "threshold": round(limit, 4),

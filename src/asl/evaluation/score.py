@@ -1,6 +1,7 @@
 """Scores: what a trained model says of every image of a data set."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -14,6 +15,7 @@ from asl.distributed import gather_dealt, precision, rank
 from asl.errors import DataError, UsageError
 from asl.evaluation.average import MeanScores, Renormalized, Scores
 from asl.evaluation.settings import trained_with
+from asl.images.decode import squish
 from asl.images.features import AnyBatches
 from asl.images.loader import Batch, Batches
 from asl.images.prepare import preparation
@@ -190,9 +192,42 @@ class Scorer:
         Raises `UsageError` for images of a size that a model cannot take and for batches that the
         device cannot hold, and `DataError` for an image that cannot be read.
         """
-        mean = self._scores(annotations, self.sizes[0], title)
+
+        def scored(size: int) -> Tensor | None:
+            shown = title if size == self.sizes[0] else f"{title}, {size} px"
+            return self._scores(annotations, size, shown)
+
+        return self._mean(scored)
+
+    def scores_of(self, images: Iterable[Tensor]) -> Tensor:
+        """The (B, C) scores in [0, 1] of decoded images, each (3, H, W) uint8, as one batch.
+
+        They are those that `scores` gives for a batch of the same images, to the bit. Of the
+        images, one is needed at a time. Raises `UsageError` as `scores` does.
+        """
+        # By image, then by size: a photograph is large, and can go when it is squished.
+        squished = [[squish(image, size) for size in self.sizes] for image in images]
+        batches = {
+            size: Batch(torch.stack(each), torch.empty(len(each), 0))
+            for size, each in zip(self.sizes, zip(*squished, strict=True), strict=True)
+        }
+        model = MeanScores(self.members, self.flip)
+        computed_in = precision(self.amp, self.device, training=False)
+        prepare = preparation(*self.normalized, self.device, computed_in)
+
+        def scored(size: int) -> Tensor:
+            with self._errors_of(size, len(squished)):
+                [scores] = score([model], [batches[size]], prepare, computed_in)
+            return scores
+
+        mean = self._mean(scored)
+        assert mean is not None
+        return mean
+
+    def _mean(self, scored: Callable[[int], Tensor | None]) -> Tensor | None:
+        mean = scored(self.sizes[0])
         for number, size in enumerate(self.sizes[1:], start=2):
-            scores = self._scores(annotations, size, f"{title}, {size} px")
+            scores = scored(size)
             if mean is not None and scores is not None:
                 with torch.inference_mode():  # which they were made in
                     mean.lerp_(scores, 1 / number)
@@ -207,19 +242,23 @@ class Scorer:
         images = self.images.replace(image_size=size)
         batches = Batches(annotations, images, device=self.device)
         model = MeanScores(self.members, self.flip)
-        try:
+        with self._errors_of(size, batches.batch_size_per_rank):
             [scores] = score_data_set(
                 [model], batches, self.normalized, self.device, self.amp, title
             )
+        return scores
+
+    @contextmanager
+    def _errors_of(self, size: int, batch_size: int) -> Iterator[None]:
+        try:
+            yield
         except torch.OutOfMemoryError:
             raise UsageError(
-                f"{self.device} is out of memory with {batches.batch_size_per_rank} images: "
-                "lower --batch-size"
+                f"{self.device} is out of memory with {batch_size} images: lower --batch-size"
             ) from None
         except (RuntimeError, AssertionError, ArithmeticError, ValueError):
             self.check_size(size)
             raise  # the size is right: it was something else
-        return scores
 
 
 def _of_each(settings: TrainedModelSettings) -> list[TrainedModelSettings]:

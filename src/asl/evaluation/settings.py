@@ -13,10 +13,11 @@ from asl.errors import UsageError
 from asl.images.settings import ImageSettings
 from asl.models.settings import DeviceSettings, TrainedModelSettings
 
+Explanation = Literal["gradcam", "attention"]
 _THRESHOLD = ("--thre", "--th")  # the official scripts' names of it
 DEFAULT_THRESHOLD = 0.8
-# What a checkpoint knows of the model that its weights are for.
-OF_THE_MODEL = ("model_name", "head", "image_size")
+# What a checkpoint knows of the model that its weights are for, and of the images that it saw.
+OF_THE_MODEL = ("model_name", "head", "image_size", "exif_rotate")
 _NUMBER = r"[0-9]{1,3}(\.[0-9]{1,3})?"
 _VIEWS = rf"|flip|(flip\+)?scales:{_NUMBER}(,{_NUMBER})*"
 
@@ -40,8 +41,8 @@ class FigureSettings(Settings):
     """score above which a label counts as predicted"""
 
 
-class ResultSettings(Settings):
-    """What becomes of scores."""
+class ScoringSettings(Settings):
+    """How images are scored, and what of it is shown."""
 
     threshold: Annotated[
         float | None, Field(ge=0, le=1), tyro.conf.arg(metavar="FLOAT", aliases=_THRESHOLD)
@@ -55,8 +56,6 @@ class ResultSettings(Settings):
     to the next multiple of 32), or flip+scales:0.8,1,1.25"""
     class_descriptions: str = ""
     """openimages: CSV of class ids and names, to show names"""
-    json_file: Annotated[str, tyro.conf.arg(aliases=("--json",))] = ""
-    """also write the result to this file"""
 
     @model_validator(mode="after")
     def _check_views(self) -> Self:
@@ -76,6 +75,13 @@ class ResultSettings(Settings):
     def scales(self) -> tuple[float, ...]:
         """The sizes that `tta` asks for, as factors of the image size."""
         return tuple(map(float, (self.tta.partition("scales:")[2] or "1").split(",")))
+
+
+class ResultSettings(ScoringSettings):
+    """What becomes of scores."""
+
+    json_file: Annotated[str, tyro.conf.arg(aliases=("--json",))] = ""
+    """also write the result to this file"""
 
 
 class MeasureSettings(ResultSettings):
@@ -111,10 +117,26 @@ class PictureSettings(ResultSettings):
 
     pic_path: str = ""
     """an image or a folder of images"""
+    jsonl: str = ""
+    """the same, a line per image: for folders of any size"""
+    csv: str = ""
+    """also write path and labels to this CSV, to be corrected and trained on: --dataset table"""
+    parquet: str = ""
+    """also write all scores to this Parquet file, a column per class"""
+    contact_sheet: str = ""
+    """also draw small pictures over their labels, 48 on a page: FILE.jpg, FILE-2.jpg, ..."""
     draw: bool = True
     """draw every image beside its labels"""
+    explain: Explanation | None = None
+    """also draw where the model sees each label: by Grad-CAM, or an ML-Decoder's attention"""
     output: str = ""
     """folder of the pictures; default: predictions"""
+    serve: bool = False
+    """label pictures on a page in the browser, in place of files, until Ctrl-C"""
+    host: str = "127.0.0.1"
+    """address of that page; 0.0.0.0 shows it to everyone who can reach this machine"""
+    port: Annotated[int, Field(ge=0, le=65535)] = 7860
+    """port of that page; 0: one that is free"""
     dataset_type: Literal["MS-COCO", "NUS-WIDE", "PASCAL-VOC", "OpenImages"] | None = None
     """of an official checkpoint: OpenImages has the bottleneck head"""
 
@@ -140,12 +162,18 @@ class _Uncached(ImageSettings):
     cache_dir: tyro.conf.Fixed[str] = ""
 
 
-class InferConfig(Config):
-    """All settings of infer.py."""
+class PredictorConfig(Config):
+    """All settings of a `Predictor`."""
 
     from_checkpoint: ClassVar[Sequence[str]] = OF_THE_MODEL
 
     images: ImageSettings = _Uncached()
     model: TrainedModelSettings = TrainedModelSettings()
-    evaluation: PictureSettings = PictureSettings()
+    evaluation: ScoringSettings = ScoringSettings()
     run: DeviceSettings = DeviceSettings()
+
+
+class InferConfig(PredictorConfig):
+    """All settings of infer.py."""
+
+    evaluation: PictureSettings = PictureSettings()

@@ -1,6 +1,7 @@
 """What a person reads: lines and tables of text, and the JSON that a program reads."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,9 @@ def prediction_text(prediction: Mapping[str, Any]) -> str:
     found = [[f"  {x['name']}", number] for x, number in each if x["predicted"]]
     rest = [f"{x['name']} {number}" for x, number in each if not x["predicted"]]
     others = ", ".join(rest[:RUNNERS_UP])
-    lines = [str(prediction["file"]), *_aligned(found)]
+    # The name of a file may be no UTF-8, which a terminal would refuse.
+    file = os.fsencode(prediction["file"]).decode(errors="replace")
+    lines = [file, *_aligned(found)]
     if not found:
         lines.append(f"  nothing is above the threshold; the highest: {others}")
     elif others:
@@ -232,7 +235,9 @@ def frequencies_text(
 
 def write_json(value: Any, path: str | Path) -> None:
     """Write to a JSON file, indented; the folder is made. Raises `UsageError` if that fails."""
-    write_result(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    # The name of a file that is no UTF-8 becomes JSON's escapes, of which Python makes it again.
+    write_result(path, text.encode(errors="backslashreplace"))
 
 
 def rank_correlation(x: npt.ArrayLike, y: npt.ArrayLike) -> float:

@@ -53,10 +53,16 @@ class ImageCache:
     """
 
     def __init__(
-        self, folder: Path, annotations: Annotations, size: int, max_pixels: int = MAX_PIXELS
+        self,
+        folder: Path,
+        annotations: Annotations,
+        size: int,
+        max_pixels: int = MAX_PIXELS,
+        exif_rotate: bool = False,
     ) -> None:
-        self.annotations, self.size, self.max_pixels = annotations, size, max_pixels
-        key = _key(annotations, size)
+        self.annotations, self.size = annotations, size
+        self.max_pixels, self.exif_rotate = max_pixels, exif_rotate
+        key = _key(annotations, size, exif_rotate)
         self.path = folder / f"{annotations.root.resolve().name}-{size}px-{key[:16]}.images"
         about = {"asl image cache": FORMAT, "key": key, "images": len(self), "size": size}
         self._header = json.dumps(about).encode().ljust(HEADER)
@@ -73,14 +79,17 @@ class ImageCache:
         *,
         workers: int,
         max_pixels: int = MAX_PIXELS,
+        exif_rotate: bool = False,
         bad: BadImages = "error",
     ) -> "ImageCache":
         """The cache of these images at `size` px in `folder`, built by `workers` processes if new.
 
-        What it returns for an image is `squish(read_image(path, max_pixels), size)`, to the bit.
+        What it returns for an image is `squish(read_image(path, max_pixels, exif_rotate), size)`,
+        to the bit.
 
         A cache belongs to the names of the files in their order, their sizes in bytes (of large
-        sets to those of `SIZES` files or more), the image size, and the versions of the decoders.
+        sets to those of `SIZES` files or more), the image size, whether EXIF turns the images, and
+        the versions of the decoders.
         Other images go into another file, and none is deleted. Modification times do not count, so
         a data set may be moved or copied. A picture that is replaced by one of as many bytes goes
         unnoticed: delete the cache.
@@ -94,7 +103,7 @@ class ImageCache:
         anything is built, and if `folder` cannot be written to. Neither leaves a part of a cache
         behind.
         """
-        cache = cls(folder, annotations, size, max_pixels)
+        cache = cls(folder, annotations, size, max_pixels, exif_rotate)
         try:
             try:
                 cache._load()
@@ -105,7 +114,7 @@ class ImageCache:
             raise UsageError(f"the image cache {cache.path}: {error.strerror or error}") from error
         if bad == "error":  # the cache may have been built with "skip"
             for index in sorted(cache._unreadable):
-                read_image(annotations.path(index), max_pixels)
+                cache._decoded(index)
         return cache
 
     def __len__(self) -> int:
@@ -118,7 +127,7 @@ class ImageCache:
         raises the same `DataError` as then.
         """
         if index in self._unreadable:
-            squish(read_image(self.annotations.path(index), self.max_pixels), self.size, out)
+            squish(self._decoded(index), self.size, out)
             return
         try:
             if self._descriptor is None:
@@ -130,6 +139,9 @@ class ImageCache:
             raise DataError(f"{self.path}: {error.strerror}") from error
         if copied != self._image_bytes:
             raise DataError(f"{self.path} was cut short: start again, and it is built anew")
+
+    def _decoded(self, index: int) -> Tensor:
+        return read_image(self.annotations.path(index), self.max_pixels, self.exif_rotate)
 
     def offset(self, index: int) -> int:
         """Where image `index` begins in the file; where the table does, for N."""
@@ -228,8 +240,8 @@ class _Chunks(Dataset[list[int] | Exception]):
         try:
             for index, out in enumerate(images, first):
                 try:
-                    image = read_image(cache.annotations.path(index), cache.max_pixels)
-                    checksums.append(zlib.crc32(squish(image, cache.size, out).numpy().data))
+                    image = squish(cache._decoded(index), cache.size, out)
+                    checksums.append(zlib.crc32(image.numpy().data))
                 except DataError:
                     if self.bad == "error":
                         raise
@@ -262,10 +274,12 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _key(annotations: Annotations, size: int) -> str:
+def _key(annotations: Annotations, size: int, exif_rotate: bool) -> str:
     # The resize is torch's; JPEGs are decoded by torchvision, the rest by Pillow.
     made_by = torch.__version__, torchvision.__version__, PIL.__version__
     about = [FORMAT, size, *made_by, features.version("libjpeg_turbo")]
+    if exif_rotate:  # only then: caches that are there already stay of use
+        about.append("exif_rotate")
     digest = hashlib.sha256(json.dumps(about).encode())
     count = len(annotations)
     for start in range(0, count, 1 << 16):

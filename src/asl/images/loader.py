@@ -97,6 +97,7 @@ class Batches:
                 settings.image_size,
                 workers=workers,
                 max_pixels=settings.max_pixels,
+                exif_rotate=settings.exif_rotate,
                 bad=bad_images,
             )
         self._sampler = RankSampler(len(annotations), settings.batch_size, shuffle, seed)
@@ -119,6 +120,7 @@ class Batches:
             cache=cache,
             skip=bad_images == "skip",
             max_pixels=settings.max_pixels,
+            exif_rotate=settings.exif_rotate,
         )
         self._loader = _loader(self._filler, self._sampler, workers, nice=device.type == "cpu")
         self.annotations = annotations
@@ -267,6 +269,7 @@ class _SlotFiller(Dataset[tuple[RankBatch, DataError | None]]):
     cache: ImageCache | None
     skip: bool
     max_pixels: int
+    exif_rotate: bool
 
     def __post_init__(self) -> None:
         # Shared by the workers, which mark what they could not read.
@@ -300,7 +303,8 @@ class _SlotFiller(Dataset[tuple[RankBatch, DataError | None]]):
                     self.cache.read(row, image)
                 else:
                     path = self.annotations.path(row)
-                    squish(read_image(path, self.max_pixels), image.shape[-1], out=image)
+                    pixels = read_image(path, self.max_pixels, self.exif_rotate)
+                    squish(pixels, image.shape[-1], out=image)
                 return row
             except DataError as error:
                 if not self.skip:

@@ -28,6 +28,8 @@ class ImageSettings(Settings):
     """keep the squished images in this folder"""
     max_pixels: Annotated[int, Field(ge=1)] = MAX_PIXELS
     """refuse larger pictures before they are decoded, as they could fill the memory"""
+    exif_rotate: bool = False
+    """turn photographs as their EXIF says, most of all those of telephones; the papers did not"""
 
 
 class AugmentSettings(Settings):

@@ -1,5 +1,7 @@
 """ML-Decoder: a head in which every class looks at the whole map of features (arXiv 2111.12933)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -34,10 +36,21 @@ class MLDecoder(nn.Module):
         The features are a map (B, F, H, W), or (B, H, W, F) with `channels_last`, or tokens
         (B, N, F).
         """
+        logits: Tensor = self.decoder(self._tokens(features))
+        return logits
+
+    def attention(self, features: Tensor) -> Tensor:
+        """How much of its attention the query of each class gives to each token: (B, C, N).
+
+        The mean over the heads; the N weights of a class add up to 1. Classes that share a query
+        have the same. Computed beside `forward`, whose kernel does not tell.
+        """
+        return self.decoder.attention(self._tokens(features))
+
+    def _tokens(self, features: Tensor) -> Tensor:
         if features.ndim == 4 and not self.channels_last:
             features = features.movedim(1, -1)
-        logits: Tensor = self.decoder(features.flatten(1, -2))
-        return logits
+        return features.flatten(1, -2)
 
 
 class _Decoder(nn.Module):
@@ -50,6 +63,15 @@ class _Decoder(nn.Module):
         self.duplicate_pooling = nn.Parameter(torch.empty(num_queries, WIDTH, each))
         self.duplicate_pooling_bias = nn.Parameter(torch.zeros(num_classes))
         nn.init.xavier_normal_(self.duplicate_pooling)
+
+    def attention(self, tokens: Tensor) -> Tensor:
+        layer: Any = self.layers[0]
+        embedded = relu(self.embed_standart(tokens))
+        queries = self.query_embed.weight.expand(len(tokens), -1, -1)
+        queries = layer.norm1(queries + layer.dropout(queries))
+        by_query: Tensor = layer.multihead_attn.weights(queries, embedded)
+        each = self.duplicate_pooling.shape[2]
+        return by_query.repeat_interleave(each, dim=1)[:, : len(self.duplicate_pooling_bias)]
 
     def forward(self, tokens: Tensor) -> Tensor:
         embedded = relu(self.embed_standart(tokens))
@@ -96,16 +118,26 @@ class _CrossAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
-        weight, bias = self.in_proj_weight, self.in_proj_bias
-        query = linear(queries, weight[:WIDTH], bias[:WIDTH])
-        key, value = linear(tokens, weight[WIDTH:], bias[WIDTH:]).chunk(2, dim=-1)
-        query, key, value = (
-            each.view(len(tokens), -1, ATTENTION_HEADS, WIDTH // ATTENTION_HEADS).transpose(1, 2)
-            for each in (query, key, value)
-        )
+        query, key, value = self._projected(queries, tokens)
         # By its full name, which is replaced where a training is rehearsed.
         attended = functional.scaled_dot_product_attention(
             query, key, value, dropout_p=DROPOUT if self.training else 0.0
         )
         result: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
         return result
+
+    def weights(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        """Those that `forward` gives to the tokens, without dropout: (B, Q, N), mean of heads."""
+        query, key, _ = self._projected(queries, tokens)
+        similarity: Tensor = query @ key.mT / query.shape[-1] ** 0.5
+        return similarity.softmax(dim=-1).mean(dim=1)
+
+    def _projected(self, queries: Tensor, tokens: Tensor) -> list[Tensor]:
+        """Query, key and value, each (B, heads, Q or N, width of a head)."""
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        query = linear(queries, weight[:WIDTH], bias[:WIDTH])
+        key, value = linear(tokens, weight[WIDTH:], bias[WIDTH:]).chunk(2, dim=-1)
+        return [
+            each.view(len(tokens), -1, ATTENTION_HEADS, WIDTH // ATTENTION_HEADS).transpose(1, 2)
+            for each in (query, key, value)
+        ]
