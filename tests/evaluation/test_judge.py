@@ -127,7 +127,7 @@ def test_validation_takes_what_is_stored_and_says_when_its_images_chose_it(
     assert "from 20 images of coco val2014" in evaluation_text(other)
 
 
-def test_the_threshold_that_is_given_wins(tuned, measuring, labelling, small_shapes, capsys):
+def test_the_threshold_that_is_given_wins(tuned, measuring, labelling, small_shapes):
     path, _ = tuned
     figures = evaluate(measuring(small_shapes, path, threshold=0.8))
     assert figures["threshold"] == 0.8
@@ -135,26 +135,29 @@ def test_the_threshold_that_is_given_wins(tuned, measuring, labelling, small_sha
     assert f"note        {figures['notes'][0]}" in evaluation_text(figures)
     assert figures["calibration"]["stored"]["method"] == "isotonic"
     image = next((small_shapes / "val2014").iterdir())
-    [found] = predict(labelling(image, path, threshold=0.3, top_k=24))
+    predictions = predict(labelling(image, path, threshold=0.3, top_k=24))
+    [found] = predictions
     assert {label["threshold"] for label in found["labels"]} == {0.3}
     assert all(label["predicted"] == (label["score"] > 0.3) for label in found["labels"])
-    assert "as --threshold 0.3 is given" in capsys.readouterr().out
+    assert "as --threshold 0.3 is given" in predictions.predictor.judge.lines()[0]
 
 
 def test_inference_takes_what_is_stored_and_says_what_it_shows(
-    tuned, run, labelling, small_shapes, scores, val_set, capsys
+    tuned, run, labelling, small_shapes, scores, val_set
 ):
     path, _ = tuned
     stored = checkpoint.load(path)
     limits = dict(zip(val_set.classes, stored["thresholds"]["values"].tolist(), strict=True))
     image = val_set.path(3)
-    [found] = predict(labelling(image, path, top_k=24))
-    assert capsys.readouterr().out.splitlines()[:2] == [
+    predictions = predict(labelling(image, path, top_k=24))
+    assert predictions.predictor.judge.lines() == [
         "probabilities (isotonic, coco val2014)",
         "thresholds of each class (f1, coco val2014)",
     ]
-    [plain] = predict(labelling(image, run / "best.pt", top_k=24))
-    assert capsys.readouterr().out == "scores: they rank, they are no probabilities\n"
+    [found] = predictions
+    of_scores = predict(labelling(image, run / "best.pt", top_k=24))
+    assert of_scores.predictor.judge.lines() == ["scores: they rank, they are no probabilities"]
+    [plain] = of_scores
     of_image = dict(zip(val_set.classes, scores[3].tolist(), strict=True))
     probabilities = calibration.from_state(stored["calibration"], 24)(scores)[3]
     expected = dict(zip(val_set.classes, probabilities, strict=True))

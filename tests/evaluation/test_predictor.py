@@ -65,7 +65,7 @@ def test_worker_processes_change_nothing(untrained, photographs):
 def test_an_image_gives_its_labels_and_several_a_list_of_those(predictor, photographs):
     path = photographs / "0.jpg"
     labels = predictor(path)
-    assert [*labels[0]] == ["name", "score", "predicted"]
+    assert [*labels[0]] == ["name", "score", "predicted", "threshold"]
     assert sorted(label["name"] for label in labels) == sorted(predictor.classes)
     assert [label["score"] for label in labels] == sorted(
         (round(score, 4) for score in predictor.scores(path).tolist()), reverse=True
