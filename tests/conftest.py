@@ -16,7 +16,7 @@ from asl.training.settings import TrainConfig
 
 # For bad_input, which several wings share, and for the programs chaos and fuzz.
 sys.path.append(str(Path(__file__).parent))
-pytest_plugins = ["bad_input"]
+pytest_plugins = ["bad_input", "parity"]
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
