@@ -1,6 +1,6 @@
 """How near this project is to the originals: tests that compare the two also note the difference.
 
-    python -m pytest -m parity --long -n 0 --parity docs/parity.md
+    python -m pytest -m parity --long -n 0 --parity=docs/parity.md
 
 runs them and writes their table into that page. The answers of the originals are files of
 tests/golden, or Pillow's, which the originals call.
