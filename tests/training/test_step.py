@@ -55,7 +55,7 @@ def states_of(tensors, name):
     return {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
 
 
-def test_losses_learning_rates_and_weights_follow_the_official_trajectory(device):
+def test_losses_learning_rates_and_weights_follow_the_official_trajectory(device, same):
     tensors = load_file(GOLDEN / "reference.safetensors")
     golden = json.loads((GOLDEN / "reference.json").read_text())["training"]
     model = golden_network()
@@ -72,12 +72,12 @@ def test_losses_learning_rates_and_weights_follow_the_official_trajectory(device
             rates.append(training.lr)
             losses.append(training.step(images, targets).item())
 
-    assert losses == pytest.approx(golden["losses"], rel=1e-4)
-    assert rates == pytest.approx(golden["lrs"], rel=1e-9)
+    same("training step: losses", losses, golden["losses"], rtol=1e-4)
+    same("schedule", rates, golden["lrs"], rtol=1e-9)
+    parts = {"final": "weights after them, with decay groups", "ema": "EMA"}
     for name, state in (("final", model), ("ema", training.ema.module)):
         for key, expected in states_of(tensors, name).items():
-            found = state.state_dict()[key].cpu()
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            same(parts[name], state.state_dict()[key], expected, rtol=1e-4, atol=1e-4)
 
 
 def drawn_by_name(params, salt):
@@ -109,7 +109,7 @@ def photographs(annotations, rows, size):
 
 # float64 has no fast convolutions: a step takes eight seconds of a core.
 @pytest.mark.parametrize("steps", [7, pytest.param(30, marks=pytest.mark.long)])
-def test_official_steps_on_photographs_are_followed(steps, voc_root, tmp_path):
+def test_official_steps_on_photographs_are_followed(steps, voc_root, tmp_path, same):
     golden = json.loads((GOLDEN / "photos_training.json").read_text())
     train_set, val_set = (read("voc", voc_root, split) for split in ("train", "val"))
     size, batch = golden["image_size"], golden["batch"]
@@ -133,16 +133,16 @@ def test_official_steps_on_photographs_are_followed(steps, voc_root, tmp_path):
         rates.append(training.lr)
         training.step(photographs(train_set, rows, size), targets)
 
-    assert rates == pytest.approx(golden["lrs"][:steps], rel=1e-12)
+    same("their schedule", rates, golden["lrs"][:steps], rtol=1e-12)
     losses = torch.stack(training.losses).tolist()
-    assert losses == pytest.approx(golden["losses"][:steps], rel=1e-8)
+    same("training step on photographs, float64", losses, golden["losses"][:steps], rtol=1e-8)
     if steps < golden["steps"]:
         return
     seen = photographs(val_set, range(6), size)
     for name, trained in (("logits", training.model), ("ema_logits", training.ema.module)):
         with torch.no_grad():
             logits = trained.eval()(seen)
-        torch.testing.assert_close(logits, torch.tensor(golden[name]).double(), rtol=0, atol=1e-6)
+        same("logits after them, regular and EMA", logits, torch.tensor(golden[name]), atol=1e-6)
 
 
 def decoder_network():
