@@ -1,4 +1,4 @@
-"""train.py, validate.py and infer.py as a user runs them: real processes on real files."""
+"""train.py, validate.py, infer.py and export.py as a user runs them: real processes on real files."""
 
 import json
 import signal
@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import pytest
 from PIL import Image
 
@@ -106,6 +108,42 @@ def test_inference_on_an_image_and_on_a_folder_give_the_same_labels(trained, sma
         assert label["predicted"] == (label["score"] > 0.3)
     assert len(list((cwd / "all").iterdir())) == len(images)
     assert width_of(cwd / "one" / f"{images[3].name}.png") > 300
+
+
+def test_an_exported_checkpoint_labels_as_infer_does_and_in_int8_keeps_its_map(
+    trained, small_shapes
+):
+    cwd, _ = trained
+    out, _ = run(
+        *("export.py", small_shapes, "--model-path", "run/best.pt", "--output", "out/net.onnx"),
+        *("--preprocessing", "resize", "--int8", "--calibration-images", 16, "--workers", 0),
+        cwd=cwd,
+    )
+    assert sorted(each.name for each in (cwd / "out").iterdir()) == ["net.int8.onnx", "net.onnx"]
+    image = min((small_shapes / "val2014").iterdir())
+    run(
+        *("infer.py", "--model-path", "run/best.pt", "--pic-path", image, "--no-draw"),
+        *("--top-k", 24, "--json", "one.json", "--amp", "off"),
+        cwd=cwd,
+    )
+    [one] = json.loads((cwd / "one.json").read_text())
+    expected = {label["name"]: label["score"] for label in one["labels"]}
+    with Image.open(image) as opened:
+        pixels = np.asarray(opened.convert("RGB"))[None]
+    for name, tolerance in (("net", 1e-2), ("net.int8", 0.1)):
+        session = onnxruntime.InferenceSession(str(cwd / f"out/{name}.onnx"))
+        classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
+        [[*scores]] = session.run(None, {"images": pixels})[0]
+        assert dict(zip(classes, scores, strict=True)) == pytest.approx(expected, abs=tolerance)
+    run(
+        *("validate.py", "--model-path", "run/best.pt", "--json", "result.json", "--amp", "off"),
+        cwd=cwd,
+    )
+    maps = [float(line.split()[-1]) for line in out.splitlines() if " mAP " in line]
+    measured = json.loads((cwd / "result.json").read_text())["mAP"]
+    assert maps[0] == pytest.approx(measured, abs=0.01)
+    assert maps[1] == pytest.approx(measured, abs=5)
+    assert maps[1] != maps[0]
 
 
 def test_ctrl_c_leaves_a_run_that_resume_completes(small_shapes, tmp_path):

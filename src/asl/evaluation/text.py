@@ -118,6 +118,24 @@ def prediction_text(prediction: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def export_text(files: Sequence[Mapping[str, Any]]) -> str:
+    """What `export` wrote: a line for each file, and how near its scores are to PyTorch's."""
+    first = files[0]
+    rows = [[x["file"], f"{x['bytes'] / 1e6:.1f} MB"] for x in files]
+    for row, file in zip(rows, files, strict=True):
+        row += [f"mAP {_number(file['mAP'], 2)}"] if "mAP" in file else []
+    lines = _aligned(rows)
+    if "mAP" in first:
+        lines.append(f"(through onnxruntime, {first['images']:,} images of {first['split']})")
+    lines.append(
+        f"scores are at most {first['difference']:.1e} away from PyTorch's, on {first['pictures']} "
+        f"pictures, alone and in batches"
+    )
+    if first["difference_resized"] is not None:
+        lines.append(f"and {first['difference_resized']:.1e} where the file resizes them")
+    return "\n".join(lines)
+
+
 def frequencies_text(
     original: Annotations,
     partial: Mapping[str, Annotations],
