@@ -1,4 +1,4 @@
-"""train.py, validate.py, infer.py and export.py as a user runs them: real processes on real files."""
+"""The scripts as a user runs them: real processes on real files."""
 
 import json
 import signal

@@ -101,7 +101,7 @@ class _CrossAttention(nn.Module):
         query = linear(queries, weight[:WIDTH], bias[:WIDTH])
         key, value = linear(tokens, weight[WIDTH:], bias[WIDTH:]).chunk(2, dim=-1)
         query, key, value = (
-            each.unflatten(-1, (ATTENTION_HEADS, -1)).transpose(1, 2)
+            each.view(*each.shape[:2], ATTENTION_HEADS, -1).transpose(1, 2)
             for each in (query, key, value)
         )
         # By its full name, which is replaced where a training is rehearsed.
