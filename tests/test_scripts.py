@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 from PIL import Image
 
+from asl.evaluation.text import sparks_text
 from asl.models import checkpoint
 
 # Side by side, each worker would train a model of its own for its share of the tests.
@@ -163,5 +164,8 @@ def test_ctrl_c_leaves_a_run_that_resume_completes(small_shapes, tmp_path):
     assert "--resume" in err
     _, err = run(*arguments, "--resume", "--seed", 1, cwd=tmp_path, code=2)
     assert "seed: 0 then, 1 now" in err
-    run(*arguments, "--resume", "--stop-epoch", stopped + 1, cwd=tmp_path)
-    assert checkpoint.load(tmp_path / "run/last.pt")["epoch"] == stopped + 1
+    last = max(3, stopped + 1)
+    out, _ = run(*arguments, "--resume", "--stop-epoch", last, cwd=tmp_path)
+    history = checkpoint.load(tmp_path / "run/last.pt")["history"]
+    assert [row["epoch"] for row in history] == [*range(1, last + 1)]
+    assert f"mAP:         {sparks_text(history)}" in out.splitlines()
