@@ -75,7 +75,7 @@ def export(config: ExportConfig) -> list[dict[str, Any]]:
         read_split(config.data, role, classes=scorer.classes)
         for role in (("train", "val") if wanted.int8 else ())
     ]
-    content = _content(scorer, wanted.preprocessing, about, to_onnx)
+    content = exported(scorer, wanted.preprocessing, about, to_onnx)
     run = in_onnxruntime(content) if to_onnx else _in_torch(content)
     compared = _compare(run, scorer, wanted.preprocessing, pictures)
     write_result(path, content)
@@ -185,10 +185,10 @@ class FromPixels(nn.Module):
         return scores
 
 
-def _content(
+def exported(
     scorer: Scorer, preprocessing: Preprocessing, about: Mapping[str, Any], to_onnx: bool
 ) -> bytes:
-    """The file. Raises `UsageError` for a model that cannot be exported."""
+    """The file, ONNX or .pt2. Raises `UsageError` for a model that cannot be exported."""
     try:
         with torch.no_grad():
             program, axes = _program(scorer, preprocessing)
@@ -221,7 +221,7 @@ def _program(
 def _as_onnx(program: ExportedProgram, axes: Mapping[int, Any], about: Mapping[str, Any]) -> bytes:
     import onnx
 
-    exported: Any = torch.onnx.export(
+    made: Any = torch.onnx.export(
         program,
         dynamo=True,
         opset_version=OPSET,
@@ -230,7 +230,7 @@ def _as_onnx(program: ExportedProgram, axes: Mapping[int, Any], about: Mapping[s
         dynamic_shapes=(axes,),
         verbose=False,
     )
-    model = exported.model_proto
+    model = made.model_proto
     texts = {
         name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         for name, value in about.items()

@@ -16,7 +16,7 @@ def quantized(content: bytes, calibration: Iterable[Tensor]) -> bytes:
     The head stays in float32: scores of 256 values would tie, and images with equal scores have no
     order. The range of every activation is the largest that the model has shown on the
     `calibration`, an iterable of batches of its input. Each channel of a convolution's weights has
-    a range of its own. What each of this gives is in MODEL_ZOO.md.
+    a range of its own: those of depthwise convolutions are far apart.
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
