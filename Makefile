@@ -8,7 +8,7 @@ help:  ## this list
 
 setup: .venv/ready  ## the environment alone, at .venv, with the project installed editable
 
-REQUIREMENTS := requirements.txt requirements-wandb.txt requirements-dev.txt
+REQUIREMENTS := requirements.txt requirements-wandb.txt requirements-export.txt requirements-dev.txt
 
 .venv/ready: $(REQUIREMENTS) pyproject.toml
 	$(PYTHON) -m venv .venv

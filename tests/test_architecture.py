@@ -69,7 +69,7 @@ def test_every_wing_is_there():
 @every_module
 def test_a_function_takes_the_settings_of_its_wing_and_not_a_whole_config(path):
     if (
-        name_of(path) in ("evaluation.evaluate", "evaluation.predict")
+        name_of(path) in ("evaluation.evaluate", "evaluation.predict", "evaluation.export")
         or floor_of(name_of(path)) > 3
     ):
         return

@@ -7,7 +7,7 @@ import pytest
 import timm
 
 from asl.config import read_recipe
-from asl.evaluation.settings import InferConfig, ValidateConfig
+from asl.evaluation.settings import ExportConfig, InferConfig, ValidateConfig
 from asl.training.settings import TrainConfig
 
 REPOSITORY = Path(__file__).parent.parent
@@ -17,7 +17,12 @@ DOCUMENTS = [
     for file in sorted(REPOSITORY.glob(pattern))
 ]
 RECIPES = sorted(REPOSITORY.glob("configs/*.yaml"))
-SCRIPTS = {"train": TrainConfig, "validate": ValidateConfig, "infer": InferConfig}
+SCRIPTS = {
+    "train": TrainConfig,
+    "validate": ValidateConfig,
+    "infer": InferConfig,
+    "export": ExportConfig,
+}
 LINE_LENGTH = 120
 
 
@@ -56,7 +61,7 @@ def options_in(text):
 def commands_in(text):
     """(script, arguments) of every call of a script, in blocks of code and between backticks."""
     text = text.replace("\\\n", " ")
-    return re.findall(r"python (?:\S*/)?(train|validate|infer)\.py([^`\n|;&]*)", text)
+    return re.findall(r"python (?:\S*/)?(train|validate|infer|export)\.py([^`\n|;&]*)", text)
 
 
 @every_document

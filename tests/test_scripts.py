@@ -1,4 +1,4 @@
-"""train.py, validate.py and infer.py as a user runs them: real processes on real files."""
+"""The scripts as a user runs them: real processes on real files."""
 
 import json
 import signal
@@ -7,9 +7,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import pytest
 from PIL import Image
 
+from asl.evaluation.text import sparks_text
 from asl.models import checkpoint
 
 # Side by side, each worker would train a model of its own for its share of the tests.
@@ -108,6 +111,42 @@ def test_inference_on_an_image_and_on_a_folder_give_the_same_labels(trained, sma
     assert width_of(cwd / "one" / f"{images[3].name}.png") > 300
 
 
+def test_an_exported_checkpoint_labels_as_infer_does_and_in_int8_keeps_its_map(
+    trained, small_shapes
+):
+    cwd, _ = trained
+    out, _ = run(
+        *("export.py", small_shapes, "--model-path", "run/best.pt", "--output", "out/net.onnx"),
+        *("--preprocessing", "resize", "--int8", "--calibration-images", 16, "--workers", 0),
+        cwd=cwd,
+    )
+    assert sorted(each.name for each in (cwd / "out").iterdir()) == ["net.int8.onnx", "net.onnx"]
+    image = min((small_shapes / "val2014").iterdir())
+    run(
+        *("infer.py", "--model-path", "run/best.pt", "--pic-path", image, "--no-draw"),
+        *("--top-k", 24, "--json", "one.json", "--amp", "off"),
+        cwd=cwd,
+    )
+    [one] = json.loads((cwd / "one.json").read_text())
+    expected = {label["name"]: label["score"] for label in one["labels"]}
+    with Image.open(image) as opened:
+        pixels = np.asarray(opened.convert("RGB"))[None]
+    for name, tolerance in (("net", 1e-2), ("net.int8", 0.1)):
+        session = onnxruntime.InferenceSession(str(cwd / f"out/{name}.onnx"))
+        classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
+        [[*scores]] = session.run(None, {"images": pixels})[0]
+        assert dict(zip(classes, scores, strict=True)) == pytest.approx(expected, abs=tolerance)
+    run(
+        *("validate.py", "--model-path", "run/best.pt", "--json", "result.json", "--amp", "off"),
+        cwd=cwd,
+    )
+    maps = [float(line.split()[-1]) for line in out.splitlines() if " mAP " in line]
+    measured = json.loads((cwd / "result.json").read_text())["mAP"]
+    assert maps[0] == pytest.approx(measured, abs=0.01)
+    assert maps[1] == pytest.approx(measured, abs=5)
+    assert maps[1] != maps[0]
+
+
 def test_ctrl_c_leaves_a_run_that_resume_completes(small_shapes, tmp_path):
     arguments = ("train.py", small_shapes, "--epochs", 50, "--output", "run", *SMALL)
     process = subprocess.Popen(command(*arguments), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
@@ -125,5 +164,8 @@ def test_ctrl_c_leaves_a_run_that_resume_completes(small_shapes, tmp_path):
     assert "--resume" in err
     _, err = run(*arguments, "--resume", "--seed", 1, cwd=tmp_path, code=2)
     assert "seed: 0 then, 1 now" in err
-    run(*arguments, "--resume", "--stop-epoch", stopped + 1, cwd=tmp_path)
-    assert checkpoint.load(tmp_path / "run/last.pt")["epoch"] == stopped + 1
+    last = max(3, stopped + 1)
+    out, _ = run(*arguments, "--resume", "--stop-epoch", last, cwd=tmp_path)
+    history = checkpoint.load(tmp_path / "run/last.pt")["history"]
+    assert [row["epoch"] for row in history] == [*range(1, last + 1)]
+    assert f"mAP:         {sparks_text(history)}" in out.splitlines()

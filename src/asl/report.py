@@ -1,4 +1,4 @@
-"""Pictures for documents: `python -m asl.report {losses,frequencies} ...`."""
+"""Pictures of losses, labels and runs: `python -m asl.report {losses,frequencies,curves} ...`."""
 
 import argparse
 from collections.abc import Sequence
@@ -7,12 +7,13 @@ from asl.data.partial import simulate
 from asl.data.prior import read_prior
 from asl.data.readers import READERS, default_split, read
 from asl.errors import UsageError, reported
-from asl.evaluation.pictures import frequency_picture, loss_curves
-from asl.evaluation.text import frequencies_text
+from asl.evaluation.pictures import curves_of_runs, frequency_picture, loss_curves
+from asl.evaluation.runs import read_histories
+from asl.evaluation.text import frequencies_text, runs_text
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Draw pictures for documents."""
+    """Draw pictures of losses, of labels and of runs."""
     parser = argparse.ArgumentParser(prog="python -m asl.report", description=main.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     losses = commands.add_parser("losses", help="draw the losses and their gradients")
@@ -35,9 +36,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     frequent.add_argument("--seed", type=int, default=0, help="of the simulation; default: 0")
     frequent.add_argument("--output", default="pics/frequencies.png", help="default: %(default)s")
+    runs = commands.add_parser(
+        "curves", help="draw the curves of several runs, and print their mAP"
+    )
+    runs.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
+    runs.add_argument("--output", default="curves.png", help="default: %(default)s")
     chosen = parser.parse_args(arguments)
     if chosen.command == "losses":
         loss_curves(chosen.output)
+    elif chosen.command == "curves":
+        histories = read_histories(chosen.runs)
+        print(runs_text(histories))
+        curves_of_runs(histories, chosen.output)
     else:
         schemes, paths = chosen.simulate_partial, chosen.prior_path
         if len(paths) > len(schemes):

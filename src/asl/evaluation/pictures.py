@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 # The palette of Okabe and Ito, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, PURPLE, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000"
 PALE_BLUE, PALE_GREY, GREY = "#A6CBE3", "#ECEEF1", "#5F6670"
+OF_RUNS = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", BLACK)
 
 
 def draw_predictions(
@@ -162,6 +163,56 @@ def curves(history: Sequence[Mapping[str, Any]], path: str | Path) -> None:
         last.set_xlim(0.5, max(row["epoch"] for row in rows) + 0.5)
         last.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         figure.align_ylabels()
+
+
+def curves_of_runs(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path) -> None:
+    """Draw the rows of metrics.jsonl of several runs, by name, over each other.
+
+    mAP (of the averaged weights in full, of the regular ones thin), loss and learning rate over the
+    epochs. From the eighth run on lines are dashed, in the same colours. A run without an epoch is
+    left out; one needs to have some.
+    """
+    histories = {name: rows for name, rows in histories.items() if rows}
+    panels = {
+        "mAP (%)": ("mAP_ema", "mAP_regular"),
+        "loss per batch": ("loss",),
+        "learning rate": ("lr",),
+    }
+    heights = [2, 1, 1]
+    legend_height = 0.22 * -(-len(histories) // 2)
+    with _figure(7, 0.8 + 1.6 * sum(heights) + legend_height, path, layout="constrained") as figure:
+        grid = figure.subplots(len(panels), sharex=True, height_ratios=heights)
+        for axes, (title, keys) in zip(grid, panels.items(), strict=True):
+            for number, rows in enumerate(histories.values()):
+                for key, width in zip(keys, (1.8, 0.7), strict=False):
+                    _plot_run(axes, rows, key, number, width)
+            axes.set_ylabel(title)
+        grid[0].set_title("thick: EMA, thin: regular weights", loc="right", color=GREY, size=8)
+        grid[-1].set_xlabel("epoch")
+        grid[-1].set_xlim(0.5, max(rows[-1]["epoch"] for rows in histories.values()) + 0.5)
+        grid[-1].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        handles = grid[-1].get_lines()
+        legend = figure.legend(
+            handles, [*map(str, range(len(handles)))], loc="outside upper left", ncols=2
+        )
+        for text, name in zip(legend.get_texts(), histories, strict=True):
+            text.set(text=name, parse_math=False)
+        figure.align_ylabels()
+
+
+def _plot_run(
+    axes: "Axes", rows: Sequence[Mapping[str, Any]], key: str, number: int, width: float
+) -> None:
+    points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
+    axes.plot(
+        [epoch for epoch, _ in points],
+        [value for _, value in points],
+        color=OF_RUNS[number % len(OF_RUNS)],
+        ls=("-", (0, (5, 1.5)), (0, (1, 1)))[number // len(OF_RUNS) % 3],
+        lw=width,
+        marker="o" if len(points) == 1 else None,  # of which a line would show nothing
+        ms=2.5 * width,
+    )
 
 
 def loss_curves(path: str | Path) -> None:

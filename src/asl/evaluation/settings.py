@@ -1,4 +1,4 @@
-"""What validate.py and infer.py can be told."""
+"""What validate.py, infer.py and export.py can be told."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import tyro
 from pydantic import Field, model_validator
 
-from asl.config import Config, OptionalInt, Settings
+from asl.config import Config, OptionalFloat, OptionalInt, Settings
 from asl.data.settings import DataSettings, LabelSettings
 from asl.errors import UsageError
 from asl.images.settings import ImageSettings
@@ -141,6 +141,33 @@ class PictureSettings(ResultSettings):
     """of an official checkpoint: OpenImages has the bottleneck head"""
 
 
+class ExportSettings(Settings):
+    """What file a model becomes."""
+
+    output: str = ""
+    """the file: .onnx, or .pt2 for torch.export"""
+    preprocessing: Literal["none", "normalize", "resize"] = "none"
+    """what the graph does itself. none: it takes images as validate.py normalises them; normalize:
+    uint8 of its size, height x width x RGB; resize: uint8 of any size"""
+    threshold: Annotated[OptionalFloat, Field(ge=0, le=1)] = None
+    """score above which a label counts as predicted, noted in the file for every class; default:
+    the checkpoint's own thresholds, else 0.8"""
+    pic_path: str = ""
+    """an image or a folder of images: compare scores on up to 16 of them; default: drawn ones"""
+    int8: bool = False
+    """also write NAME.int8.onnx, a quarter of the size, and measure both on the validation split"""
+    calibration_images: Annotated[int, Field(ge=1)] = 200
+    """images of the training split that the ranges of int8 are taken from"""
+
+    @model_validator(mode="after")
+    def _check_output(self) -> Self:
+        if self.output and not self.output.lower().endswith((".onnx", ".pt2")):
+            raise UsageError(f"output is {self.output!r}, but must end in .onnx or .pt2")
+        if self.int8 and not self.output.lower().endswith(".onnx"):
+            raise UsageError("int8 is quantised by onnxruntime: name a file .onnx as output")
+        return self
+
+
 class ValidateConfig(Config):
     """All settings of validate.py."""
 
@@ -177,3 +204,14 @@ class InferConfig(PredictorConfig):
     """All settings of infer.py."""
 
     evaluation: PictureSettings = PictureSettings()
+
+
+class ExportConfig(Config):
+    """All settings of export.py. The data set is needed for int8 alone."""
+
+    from_checkpoint: ClassVar[Sequence[str]] = ValidateConfig.from_checkpoint
+
+    data: DataSettings = DataSettings()
+    images: ImageSettings = _Uncached()
+    model: TrainedModelSettings = TrainedModelSettings()
+    export: ExportSettings = ExportSettings()

@@ -16,6 +16,8 @@ MAX_CLASSES_IN_FULL = 100
 EXTREMES = 10
 MAX_NAMES = 5
 RUNNERS_UP = 3
+BARS = "▁▂▃▄▅▆▇█"
+SPARKS = 60  # bars in a line
 
 _F1_FIGURES = ("CP", "CR", "CF1", "OP", "OR", "OF1", "macro_F1")
 _F1_NAMES = (*_F1_FIGURES[:-1], "mean F1")
@@ -45,6 +47,42 @@ def epoch_line(row: Mapping[str, Any]) -> str:
     if "gamma_neg" in row:
         line += f"   gap {show('gap', 6, 3)}   gamma_neg {show('gamma_neg', 5, 2)}"
     return line
+
+
+def sparks_text(history: Sequence[Mapping[str, Any]]) -> str:
+    """The mAP of a run in one line, of the better set of weights in each epoch that was validated.
+
+    A bar for each, from the lowest to the highest of them (of more than 60 epochs, 60 that are
+    evenly spread), and the first, best and last in figures.
+    """
+    maps = {}
+    for row in history:
+        known = [row[key] for key in ("mAP_ema", "mAP_regular") if row.get(key) is not None]
+        if known:
+            maps[row["epoch"]] = max(known)
+    if not maps:
+        return "no mAP yet"
+    values = list(maps.values())
+    low, high = min(values), max(values)
+    spread = np.linspace(0, len(values) - 1, min(len(values), SPARKS)).round().astype(int)
+    heights = 1 - (high - np.array(values)[spread]) / ((high - low) or 1)
+    bars = "".join(BARS[round(height * (len(BARS) - 1))] for height in heights.tolist())
+    best = max(maps, key=lambda epoch: maps[epoch])
+    return f"{bars}  first {values[0]:.2f}, best {high:.2f} (epoch {best}), last {values[-1]:.2f}"
+
+
+def runs_text(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """A line for each run: its name, how many epochs it has, and `sparks_text`."""
+    rows = []
+    for name, history in histories.items():
+        *bars, figures = sparks_text(history).split("  ")  # no bars where there is no mAP
+        epochs = f"{len(history):,} epoch{'s' if len(history) != 1 else ' '}"
+        rows.append((name, epochs, "".join(bars), figures))
+    names, counts, sparks = (max(len(row[column]) for row in rows) for column in range(3))
+    return "\n".join(
+        f"{name:{names}}  {count:>{counts}}  {bars:{sparks}}  {figures}".rstrip()
+        for name, count, bars, figures in rows
+    )
 
 
 def evaluation_text(figures: Mapping[str, Any]) -> str:
@@ -192,6 +230,24 @@ def prediction_text(prediction: Mapping[str, Any]) -> str:
         lines.append(f"  nothing is above the threshold; the highest: {others}")
     elif others:
         lines.append(f"  below the threshold: {others}")
+    return "\n".join(lines)
+
+
+def export_text(files: Sequence[Mapping[str, Any]]) -> str:
+    """What `export` wrote: a line for each file, and how near its scores are to PyTorch's."""
+    first = files[0]
+    rows = [[x["file"], f"{x['bytes'] / 1e6:.1f} MB"] for x in files]
+    for row, file in zip(rows, files, strict=True):
+        row += [f"mAP {_number(file['mAP'], 2)}"] if "mAP" in file else []
+    lines = _aligned(rows)
+    if "mAP" in first:
+        lines.append(f"(through onnxruntime, {first['images']:,} images of {first['split']})")
+    lines.append(
+        f"scores are at most {first['difference']:.1e} away from PyTorch's, on {first['pictures']} "
+        f"pictures, alone and in batches"
+    )
+    if first["difference_resized"] is not None:
+        lines.append(f"and {first['difference_resized']:.1e} where the file resizes them")
     return "\n".join(lines)
 
 

@@ -67,7 +67,7 @@ class _Decoder(nn.Module):
     def attention(self, tokens: Tensor) -> Tensor:
         layer: Any = self.layers[0]
         embedded = relu(self.embed_standart(tokens))
-        queries = self.query_embed.weight.expand(len(tokens), -1, -1)
+        queries = self.query_embed.weight.expand(tokens.shape[0], -1, -1)
         queries = layer.norm1(queries + layer.dropout(queries))
         by_query: Tensor = layer.multihead_attn.weights(queries, embedded)
         each = self.duplicate_pooling.shape[2]
@@ -75,7 +75,8 @@ class _Decoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         embedded = relu(self.embed_standart(tokens))
-        queries = self.query_embed.weight.expand(len(tokens), -1, -1)
+        # `len(tokens)` would become a constant of the graph that is exported.
+        queries = self.query_embed.weight.expand(tokens.shape[0], -1, -1)
         for layer in self.layers:
             queries = layer(queries, embedded)
         # Logits of bfloat16 would tie. Float32 is cheap here: with 9,605 classes and a map of 7 x 7
@@ -138,6 +139,6 @@ class _CrossAttention(nn.Module):
         query = linear(queries, weight[:WIDTH], bias[:WIDTH])
         key, value = linear(tokens, weight[WIDTH:], bias[WIDTH:]).chunk(2, dim=-1)
         return [
-            each.view(len(tokens), -1, ATTENTION_HEADS, WIDTH // ATTENTION_HEADS).transpose(1, 2)
+            each.view(*each.shape[:2], ATTENTION_HEADS, -1).transpose(1, 2)
             for each in (query, key, value)
         ]

@@ -28,6 +28,7 @@ from asl.evaluation.average import Scores
 from asl.evaluation.evaluate import epoch_figures, estimate_prior
 from asl.evaluation.pictures import curves
 from asl.evaluation.score import Scorer, progress, score_data_set
+from asl.evaluation.text import sparks_text
 from asl.images.features import AnyBatches
 from asl.images.loader import Batches
 from asl.images.mix import mixing
@@ -47,6 +48,7 @@ from asl.training.settings import ESTIMATE, TrainConfig
 from asl.training.step import Training
 
 T = TypeVar("T")
+MANY_EPOCHS = 3  # from so many on a line of their mAP ends the training
 SLOW_DATA = 0.1  # a message appears where an epoch waits for data for a larger share of its time
 
 
@@ -87,6 +89,8 @@ def _fit(config: TrainConfig, device: torch.device) -> Path:
             run.record(training, row)
     # The other ranks wait here: the caller may read what rank 0 has written.
     from_rank_0(lambda: curves(run.history, run.folder / "curves.png"))
+    if len(run.history) >= MANY_EPOCHS:
+        print(f"mAP:         {sparks_text(run.history)}")
     return run.folder
 
 
