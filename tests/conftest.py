@@ -14,9 +14,9 @@ from asl.data.readers.shapes import draw_shapes
 from asl.evaluation.settings import InferConfig, ValidateConfig
 from asl.training.settings import TrainConfig
 
-# For bad_input, which several wings share, and for the programs chaos and fuzz.
+# For bad_input and browser, which several wings share, and for the programs chaos and fuzz.
 sys.path.append(str(Path(__file__).parent))
-pytest_plugins = ["bad_input"]
+pytest_plugins = ["bad_input", "browser"]
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
