@@ -255,6 +255,7 @@
 
   function tickBox(example) {
     const key = keyOf(example);
+    if (!example.file) return null; // nothing that a table could name
     const label = `The label is wrong: ${example.name} is ${example.annotated ? "not there" : "there"}`;
     const box = make("input", { type: "checkbox", onchange: () => tick(example, box.checked) });
     box.checked = corrections.has(key);
@@ -316,7 +317,7 @@
     // The class in question last, above the others.
     outlines.sort((a, b) => a.classList.contains("this") - b.classList.contains("this"));
     return make("div", { class: "photograph" }, make("div", { class: "frame" },
-      make("img", { src: `data:image/webp;base64,${picture}`, alt: file, loading: "lazy" }),
+      make("img", { src: `data:image/webp;base64,${picture}`, alt: file, decoding: "async" }),
       outlines.length ? make("svg:svg", { viewBox: "0 0 1 1", preserveAspectRatio: "none" }, outlines) : null));
   }
 
@@ -337,7 +338,7 @@
         make("div", {}, make("span", { class: "word" }, "truth "), names(example.truth, example.name)),
         make("div", {}, make("span", { class: "word" }, "predicted "),
           names(example.predicted, example.name, (each) => `${each.name} ${figure(each.score)}`)),
-        make("div", { class: "file" }, `${example.file} (row ${example.row}${quality})`),
+        make("div", { class: "file" }, `${example.file} (row ${example.row}${quality})`.trim()),
         tickBox(example)));
   }
 

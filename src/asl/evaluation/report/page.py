@@ -27,14 +27,13 @@ from tqdm import tqdm
 
 from asl.atomic import write_result
 from asl.errors import DataError, UsageError
-from asl.evaluation.report.contents import Curve, Report
+from asl.evaluation.report.contents import Report
 from asl.images.decode import read_image
 
 HERE = Path(__file__).parent
 MAX_BYTES = 15_000_000  # of the page: photographs beyond that are left out, and a note says so
 OTHER_BYTES = 400_000  # of it at the most: style, script and what is neither data nor photographs
 THUMBNAIL = 240  # pixels on the long side
-POINTS = 200_000  # of the curves of all classes together, 12 bytes each; of one at most 200
 
 
 def check_folder(folder: str | Path) -> None:
@@ -145,11 +144,9 @@ def _defined(value: Any, digits: int | None = None) -> Any:
 def _for_the_script(report: Report) -> dict[str, Any]:
     """What page.js needs, as small as it can be: most of it grows with the number of classes."""
     shared = report["scores"]["edges"]
-    points = min(200, max(2, POINTS // max(1, len(report["classes"]))))
     classes = [
         {
             **figures,
-            "curve": _thinned(figures["curve"], points),
             # The edges are nearly always those of the histogram over all cells.
             "scores": {
                 **figures["scores"],
@@ -171,20 +168,6 @@ def _for_the_script(report: Report) -> dict[str, Any]:
     )
     rounded: dict[str, Any] = _defined(data, digits=4)
     return rounded
-
-
-def _thinned(curve: Curve | None, points: int) -> dict[str, list[float]] | None:
-    """At most so many points of a curve, evenly spread, its ends among them."""
-    if curve is None:
-        return None
-    last = len(curve["recall"]) - 1
-    kept = range(last + 1)
-    if last >= points:
-        kept = sorted({round(place * last / (points - 1)) for place in range(points)})
-    return {
-        "recall": [round(curve["recall"][i], 3) for i in kept],
-        "precision": [round(curve["precision"][i], 3) for i in kept],
-    }
 
 
 def _photographs(report: Report) -> Iterator[str]:
