@@ -33,7 +33,7 @@ def main() -> None:
         print(f"all labels: {wanted.json_file}")
     if wanted.draw:
         folder = wanted.output or "predictions"
-        draw_predictions(predictions, folder, wanted.threshold)
+        draw_predictions(predictions, folder)
         print(f"pictures: {folder}")
 
 

@@ -9,7 +9,7 @@ Memory: the tables are read in blocks of `BLOCK_CELLS`, so that a 100,000 x 9,60
 costs about 20 MB beside itself.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 
 Table = npt.NDArray[Any] | torch.Tensor
 Floats = npt.NDArray[np.floating[Any]]
+Counts = npt.NDArray[np.int64]
 
 # Which classes a mean over classes runs over:
 #   full      those with a positive: AP and recall of the others are not defined
@@ -116,16 +117,51 @@ def best_thresholds(scores: Table, targets: Table) -> npt.NDArray[np.float64]:
     accepts and the highest that it rejects, and is the lowest of several equally good ones. Choose
     it on other images than those it is judged on.
     """
+
+    def best_f1(true: Counts, false: Counts) -> int:
+        # F1 = 2 TP / (2 TP + FP + FN), and TP + FN are all positives: those of the lowest score
+        return int(np.argmax(2 * true / (true + false + true[0])))
+
+    return _thresholds(scores, targets, best_f1)
+
+
+def precision_thresholds(
+    scores: Table, targets: Table, precision: float
+) -> npt.NDArray[np.float64]:
+    """Return the lowest threshold at which a class has at least this precision, in (0, 1]: (C,).
+
+    That is the one of highest recall. Infinite for a class that reaches it nowhere, NaN for one
+    without positives; else it lies between scores as that of `best_thresholds` does.
+    """
+
+    def lowest(true: Counts, false: Counts) -> int | None:
+        reached = np.flatnonzero(true / (true + false) >= precision)
+        return int(reached[0]) if len(reached) else None
+
+    return _thresholds(scores, targets, lowest)
+
+
+def _thresholds(
+    scores: Table, targets: Table, choose: Callable[[Counts, Counts], int | None]
+) -> npt.NDArray[np.float64]:
+    """The threshold that accepts, of every class, the positives from the one chosen upwards.
+
+    `choose` is given how many positives and negatives that would accept, for each positive, and may
+    choose none.
+    """
     scores, targets = _as_tables(scores, targets)
     thresholds = np.full(scores.shape[1], np.nan)
-    for column, (positives, negatives) in enumerate(_sorted_by_class(scores, targets)):
+    for column, (positives, negatives) in enumerate(sorted_by_class(scores, targets)):
         if not len(positives):
             continue
         true, false = _accepted(positives, negatives)
-        best = np.argmax(2 * true / (true + false + len(positives)))  # F1 = 2 TP / (2 TP + FP + FN)
-        accepted = float(positives[best])
+        chosen = choose(true, false)
+        if chosen is None:
+            thresholds[column] = np.inf
+            continue
+        accepted = float(positives[chosen])
         # The highest that it rejects is a negative: to accept a positive there would be better yet.
-        rejected = negatives[: len(negatives) - false[best]]
+        rejected = negatives[: len(negatives) - false[chosen]]
         just_below = np.nextafter(accepted, -np.inf)  # of two neighbours the middle is one of them
         middle = (float(rejected[-1]) + accepted) / 2 if len(rejected) else just_below
         thresholds[column] = min(just_below, middle)
@@ -137,7 +173,7 @@ def evaluate_scores(
     targets: Table,
     classes: Sequence[str] | None = None,
     *,
-    threshold: float = 0.5,
+    threshold: float | Floats = 0.5,
     top_k: int = 3,
     protocol: Protocol = "full",
 ) -> dict[str, Any]:
@@ -145,9 +181,10 @@ def evaluate_scores(
 
     Keys: protocol, images, mAP and weighted_mAP in percent, averaged_classes (how many classes the
     means run over), classes_without_labels, classes_without_positives and classes_without_negatives
-    (names; a class without labels is in the first list alone), threshold, at_threshold (the
-    dictionary of `f1_scores`), top_k, at_top_k (likewise), and per_class: a list of
-    {name, AP in percent, positives, negatives}. Without `classes` the names are "0", "1", ...
+    (names; a class without labels is in the first list alone), threshold (a list if one per class
+    was given), at_threshold (the dictionary of `f1_scores`), top_k, at_top_k (likewise), and
+    per_class: a list of {name, AP in percent, positives, negatives}. Without `classes` the names
+    are "0", "1", ...
     """
     scores, targets = _as_tables(scores, targets)
     names = [str(c) for c in range(scores.shape[1])] if classes is None else list(classes)
@@ -177,7 +214,7 @@ def evaluate_scores(
         "classes_without_labels": named((positives == 0) & (negatives == 0)),
         "classes_without_positives": named((positives == 0) & (negatives > 0)),
         "classes_without_negatives": named((positives > 0) & (negatives == 0)),
-        "threshold": threshold,
+        "threshold": np.asarray(threshold).tolist(),
         "at_threshold": f1_figures(None),
         "top_k": top_k,
         "at_top_k": f1_figures(top_k),
@@ -192,7 +229,7 @@ def _rank_classes(
     scores, targets = _as_tables(scores, targets)
     ap = np.full(scores.shape[1], np.nan)
     counts = np.zeros((2, scores.shape[1]), dtype=np.int64)
-    for column, (positives, negatives) in enumerate(_sorted_by_class(scores, targets)):
+    for column, (positives, negatives) in enumerate(sorted_by_class(scores, targets)):
         counts[:, column] = len(positives), len(negatives)
         if len(positives):
             true, false = _accepted(positives, negatives)
@@ -200,8 +237,10 @@ def _rank_classes(
     return ap, counts[0], counts[1]
 
 
-def _sorted_by_class(scores: Table, targets: Table) -> Iterator[tuple[Floats, Floats]]:
+def sorted_by_class(scores: Table, targets: Table) -> Iterator[tuple[Floats, Floats]]:
     """Yield, class by class, the scores of its positives and of its negatives, each ascending.
+
+    They are float32, or float64 where the scores were wider.
 
     Two sorts of values instead of one argsort: NumPy sorts values with vector instructions, five
     times faster than it sorts indices, and what is not annotated falls out by itself.

@@ -20,7 +20,7 @@ from asl.evaluation import pictures
 def prediction(*scores, threshold=0.5):
     names = ("dog", "sofa", "cat")
     return [
-        {"name": name, "score": score, "predicted": score > threshold}
+        {"name": name, "score": score, "predicted": score > threshold, "threshold": threshold}
         for name, score in zip(names, scores, strict=False)
     ]
 
@@ -40,7 +40,7 @@ def near(picture, color, tolerance=12):
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 375), (40, 2000), (2000, 40)])
 def test_prediction_picture_keeps_the_aspect_ratio(tmp_path, height, width):
     photograph = np.full((height, width, 3), (200, 30, 40), np.uint8)
-    pictures.prediction_picture(photograph, prediction(0.9, 0.2), tmp_path / "a.png", 0.5)
+    pictures.prediction_picture(photograph, prediction(0.9, 0.2), tmp_path / "a.png")
     is_photo = (np.abs(pixels(tmp_path / "a.png").astype(int) - (200, 30, 40)) <= 3).all(axis=2)
     seen = np.ptp(np.nonzero(is_photo), axis=1) + 1
     assert max(seen) > 500
@@ -51,7 +51,7 @@ def test_bars_are_as_long_as_the_scores_and_strong_above_the_threshold(tmp_path)
     def draw(score, threshold=0.5):
         labels = prediction(score, threshold=threshold)
         photograph = np.full((60, 80, 3), 255, np.uint8)
-        pictures.prediction_picture(photograph, labels, tmp_path / "a.png", threshold)
+        pictures.prediction_picture(photograph, labels, tmp_path / "a.png")
         picture = pixels(tmp_path / "a.png")
         return near(picture, pictures.BLUE), near(picture, pictures.PALE_BLUE)
 
@@ -70,8 +70,9 @@ def test_prediction_picture_takes_any_name_and_any_number_of_labels(tmp_path):
     photograph = np.zeros((30, 40, 3), np.uint8)
     sizes = []
     for count in (1, 2, 3, 30):
-        labels = [{"name": names[i % 3], "score": 0.5, "predicted": False} for i in range(count)]
-        pictures.prediction_picture(photograph, labels, tmp_path / "a.png", 0.99)
+        label = {"score": 0.5, "predicted": False, "threshold": 0.99}
+        labels = [{"name": names[i % 3], **label} for i in range(count)]
+        pictures.prediction_picture(photograph, labels, tmp_path / "a.png")
         sizes.append(pixels(tmp_path / "a.png").shape)
     assert sizes[0] == sizes[2]
     assert sizes[3][0] > 2 * sizes[0][0]
@@ -84,7 +85,7 @@ def test_pictures_of_images_of_the_same_name_do_not_meet(tmp_path):
         Image.new("RGB", (40, 30)).save(file)
     predictions = [{"file": str(file), "labels": prediction(0.9)} for file in files]
     before = files[2].read_bytes()
-    pictures.draw_predictions(predictions, tmp_path, 0.5)
+    pictures.draw_predictions(predictions, tmp_path)
     drawn = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.*.png"))
     assert drawn == ["a/1.jpg.png", "b/1.jpg.png", "b/1.png.png"]
     assert files[2].read_bytes() == before

@@ -1,22 +1,28 @@
 """A checkpoint measured on a data set, and the figures that an epoch is judged by."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from asl.data.annotations import UNANNOTATED, Annotations
+from asl.data.annotations import PRESENT, UNANNOTATED, Annotations
 from asl.data.classes import read_descriptions
 from asl.data.prior import write_prior
 from asl.data.settings import DataSettings
 from asl.data.splits import read_split, split_name
 from asl.distributed import pick_device, process_group
+from asl.errors import DataError, UsageError
+from asl.evaluation import calibration, thresholds
+from asl.evaluation.crossfit import FOLDS, Table
+from asl.evaluation.judge import Judge, Origin, stored_calibration, stored_thresholds
 from asl.evaluation.provenance import provenance
 from asl.evaluation.score import Scorer
-from asl.evaluation.settings import ValidateConfig
+from asl.evaluation.settings import DEFAULT_THRESHOLD, MeasureSettings, ValidateConfig
 from asl.metrics import Protocol, evaluate_scores, f1_scores, mean_average_precision
+from asl.models import checkpoint
 
 
 def evaluate(config: ValidateConfig) -> dict[str, Any]:
@@ -29,14 +35,28 @@ def evaluate(config: ValidateConfig) -> dict[str, Any]:
     labels of that split play no part. It is the prior of CSL, if the model was trained with
     unannotated cells ignored.
 
+    "tuned_on" and "calibration" are there if the checkpoint has thresholds and a calibration of its
+    own: where they come from, and what the calibration does to ECE and Brier score here. "notes"
+    tells which of these are not used, and why.
+
+    With `tune_thresholds` the figures of `thresholds.cross_fitted` are under "tuning", with
+    `calibrate` those of `calibration.cross_fitted` are under "calibration". What was chosen, on all
+    of these images, is stored in the checkpoint, and its own plays no part.
+
     Raises `UsageError` and `DataError` for what is wrong with the input.
     """
-    wanted = config.evaluation
+    wanted, paths = config.evaluation, config.model.model_path
+    changes = {"thresholds": wanted.tune_thresholds, "calibration": wanted.calibrate}
+    chosen_anew = [name for name, how in changes.items() if how]
     with process_group(pick_device(config.run.device)) as device:
+        version = _version(paths) if chosen_anew else ()
         scorer = Scorer.load(
             config.model, config.images, config.run, device, wanted.flip, wanted.scales
         )
+        judge = Judge.load(paths, scorer, wanted.threshold, wanted.tta, without=chosen_anew)
         dataset = read_split(config.data, "val", classes=scorer.classes)
+        if chosen_anew:
+            _check_enough(dataset)
         names = display_names(wanted.class_descriptions, scorer.classes)
         scores = scorer.scores(dataset, "validation")
         if wanted.estimate_prior:
@@ -44,25 +64,104 @@ def evaluate(config: ValidateConfig) -> dict[str, Any]:
             estimate_prior(scorer, images, wanted.estimate_prior)
     if scores is None:
         return {}
+    targets, split = dataset.dense(), split_name(config.data, "val")
     figures = evaluate_scores(
         scores,
-        dataset.dense(),
+        targets,
         names,
-        threshold=wanted.threshold,
+        # one number if it is one for all
+        threshold=judge.thresholds if judge.rule else float(judge.thresholds[0]),
         top_k=wanted.top_k or 3,
         protocol=protocol(dataset),
     )
+    origin = Origin(
+        weights=scorer.weights[0],
+        image_size=config.images.image_size,
+        tta=wanted.tta,
+        dataset=config.data.dataset,
+        split=split,
+        images=len(dataset),
+    )
+    judged = _judged(judge, scores.numpy(), targets)
+    if chosen_anew:
+        made, entries = _chosen(wanted, scores.numpy(), targets, names, origin, protocol(dataset))
+        checkpoint.amend(paths[0], entries, version)
+        judged |= made
     return {
-        "checkpoint": _alone(config.model.model_path),
+        "checkpoint": _alone(paths),
         "weights": _alone(scorer.weights),
         "dataset": config.data.dataset,
-        "split": split_name(config.data, "val"),
+        "split": split,
         "image_size": config.images.image_size,
         "tta": wanted.tta,
         "evaluated_as": evaluated_as(config.data),
         **figures,
+        **judged,
         **provenance(),
     }
+
+
+def _version(paths: Sequence[str]) -> tuple[int, ...]:
+    """The version of the one checkpoint that thresholds and calibrations are to be stored in."""
+    if len(paths) > 1:
+        raise UsageError(
+            "tune_thresholds and calibrate store in a checkpoint what holds for its scores: "
+            "name one checkpoint, not several whose scores are averaged"
+        )
+    return checkpoint.version(paths[0]) if paths else ()
+
+
+def _check_enough(dataset: Annotations) -> None:
+    if len(dataset) < FOLDS:
+        raise DataError(
+            f"{dataset.root} has {len(dataset)} images to choose thresholds or a calibration on: "
+            f"at least {FOLDS} are needed, as each is judged by what others chose"
+        )
+    if not dataset.counts(PRESENT).any():
+        raise DataError(f"{dataset.root}: no image has a label to choose thresholds by")
+
+
+def _judged(judge: Judge, scores: Table, targets: Table) -> dict[str, Any]:
+    """What the figures say of the judge that they come from."""
+    about: dict[str, Any] = {"notes": list(judge.notes)} if judge.notes else {}
+    if judge.tuned_on:
+        about["tuned_on"] = {"rule": judge.rule, **asdict(judge.tuned_on)}
+    if judge.calibration and judge.calibrated_on:
+        method = judge.calibration.method
+        tables = {"scores": scores, method: judge.calibration(scores)}
+        about["calibration"] = {
+            "stored": {"method": method, **asdict(judge.calibrated_on)},
+            **calibration.calibration_errors(tables, targets),
+        }
+    return about
+
+
+def _chosen(
+    wanted: MeasureSettings,
+    scores: Table,
+    targets: Table,
+    names: Sequence[str],
+    origin: Origin,
+    counted: Protocol,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The figures of what is chosen anew, and what is to be stored of it."""
+    figures: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
+    if wanted.tune_thresholds:
+        usual = DEFAULT_THRESHOLD if wanted.threshold is None else wanted.threshold
+        tuning = thresholds.cross_fitted(
+            scores, targets, wanted.tune_thresholds, usual, protocol=counted
+        )
+        entries["thresholds"] = stored_thresholds(tuning, origin)
+        figures["tuning"] = tuning | {"unreached": [names[c] for c in tuning["unreached"]]}
+    if wanted.calibrate:
+        figures["calibration"] = {
+            "chosen": wanted.calibrate,
+            **calibration.cross_fitted(scores, targets),
+        }
+        made = calibration.fitted(scores, targets, wanted.calibrate)
+        entries["calibration"] = stored_calibration(made, origin)
+    return figures, entries
 
 
 def _alone(each: Sequence[str]) -> str | list[str]:

@@ -33,9 +33,7 @@ BLUE, ORANGE, GREEN, PURPLE, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7",
 PALE_BLUE, PALE_GREY, GREY = "#A6CBE3", "#ECEEF1", "#5F6670"
 
 
-def draw_predictions(
-    predictions: Sequence[Mapping[str, Any]], folder: str | Path, threshold: float
-) -> None:
+def draw_predictions(predictions: Sequence[Mapping[str, Any]], folder: str | Path) -> None:
     """Draw every prediction with `prediction_picture` into `folder`.
 
     The pictures keep the layout of sub-folders and the whole name of the image ("a/1.jpg" becomes
@@ -46,19 +44,19 @@ def draw_predictions(
     root = os.path.commonpath([file.parent for file in files])
     for file, prediction in zip(tqdm(files, "pictures", leave=False), predictions, strict=True):
         picture = folder / file.relative_to(root).with_name(f"{file.name}.png")
-        prediction_picture(file, prediction["labels"], picture, threshold)
+        prediction_picture(file, prediction["labels"], picture)
 
 
 def prediction_picture(
     image: str | Path | npt.NDArray[np.uint8],
     labels: Sequence[Mapping[str, Any]],
     path: str | Path,
-    threshold: float,
 ) -> None:
     """Draw the photograph, and beside it a bar for every label: strong if it was predicted.
 
     `image` is a file or RGB pixels (H, W, 3); `labels` are those of `predict`: "name",
-    "score" in [0, 1] and "predicted". Names of more than 45 letters are cut.
+    "score" and "threshold" in [0, 1] and "predicted". Names of more than 45 letters are cut. Bars
+    and numbers are scores also where there is a "probability", for thresholds are: a note says so.
     """
     if not isinstance(image, np.ndarray):
         image = read_image(image).permute(1, 2, 0).numpy()
@@ -92,12 +90,16 @@ def prediction_picture(
             axes.text(1, y - 0.1, percent(label["score"]), ha="right", **style)
             axes.barh(y, 1, bar, color=PALE_GREY)
             axes.barh(y, label["score"], bar, color=BLUE if predicted else PALE_BLUE)
-        if 0 <= threshold <= 1:
-            ends = [y - 0.08 for y in middles], [y + 0.08 for y in middles]
-            axes.vlines([threshold] * len(middles), *ends, color=BLACK, linewidth=1)
-            where = "left" if threshold < 0.2 else "right" if threshold > 0.8 else "center"
-            note = f"threshold {threshold:g}"
-            axes.text(threshold, bars_height, note, ha=where, va="bottom", color=GREY, size=8)
+        limits = [label["threshold"] for label in labels]
+        ends = [y - 0.08 for y in middles], [y + 0.08 for y in middles]
+        axes.vlines(limits, *ends, color=BLACK, linewidth=1)
+        at, note = limits[0], f"threshold {limits[0]:g}"
+        if len(set(limits)) > 1:
+            at, note = 1, "lines: the threshold of each class"
+        if "probability" in labels[0]:
+            note = f"bars: scores, no probabilities; {note}"
+        where = "left" if at < 0.2 else "right" if at > 0.8 else "center"
+        axes.text(at, bars_height, note, ha=where, va="bottom", color=GREY, size=8)
 
 
 def samples_picture(annotations: Annotations, path: str | Path) -> None:

@@ -13,7 +13,8 @@ from asl.errors import UsageError
 from asl.images.settings import ImageSettings
 from asl.models.settings import DeviceSettings, TrainedModelSettings
 
-Threshold = Annotated[float, tyro.conf.arg(aliases=("--thre", "--th"))]
+_THRESHOLD = ("--thre", "--th")  # the official scripts' names of it
+DEFAULT_THRESHOLD = 0.8
 # What a checkpoint knows of the model that its weights are for.
 OF_THE_MODEL = ("model_name", "head", "image_size")
 _NUMBER = r"[0-9]{1,3}(\.[0-9]{1,3})?"
@@ -31,15 +32,22 @@ def trained_with(path: str) -> Mapping[str, Any]:
 
 
 class FigureSettings(Settings):
-    """How the labels of an epoch or a checkpoint are judged."""
+    """How the labels of an epoch are judged."""
 
-    threshold: Annotated[Threshold, Field(ge=0, le=1)] = 0.8
+    threshold: Annotated[float, Field(ge=0, le=1), tyro.conf.arg(aliases=_THRESHOLD)] = (
+        DEFAULT_THRESHOLD
+    )
     """score above which a label counts as predicted"""
 
 
-class ResultSettings(FigureSettings):
+class ResultSettings(Settings):
     """What becomes of scores."""
 
+    threshold: Annotated[
+        float | None, Field(ge=0, le=1), tyro.conf.arg(metavar="FLOAT", aliases=_THRESHOLD)
+    ] = None
+    """score above which a label counts as predicted; default: what validate.py
+    --tune-thresholds stored in the checkpoint, or 0.8"""
     top_k: Annotated[OptionalInt, Field(ge=1)] = None
     """labels per image; default: 3 in the top-k figures, 10 in infer.py"""
     tta: str = ""
@@ -75,8 +83,27 @@ class MeasureSettings(ResultSettings):
 
     estimate_prior: str = ""
     """write the mean score of each class over the training split to this CSV"""
+    tune_thresholds: Annotated[str, tyro.conf.arg(metavar="RULE")] = ""
+    """choose a threshold for each class and store them in the checkpoint: f1 (the best F1) or
+    precision:0.8 (the highest recall of at least that precision)"""
+    calibrate: Literal["temperature", "platt", "isotonic"] | None = None
+    """fit a map from scores to probabilities for each class and store it in the checkpoint"""
     config: str = ""
     """recipe: a YAML file of settings"""
+
+    @model_validator(mode="after")
+    def _check_rule(self) -> Self:
+        rule = self.tune_thresholds
+        if not re.fullmatch(r"|f1|precision:(0\.[0-9]{1,6}|1(\.0)?)", rule) or _is_zero(rule):
+            raise UsageError(
+                f"tune_thresholds is {rule!r}, but must be f1 or a precision above 0, up to 1: "
+                "precision:0.8"
+            )
+        return self
+
+
+def _is_zero(rule: str) -> bool:
+    return rule.startswith("precision:") and float(rule.removeprefix("precision:")) == 0
 
 
 class PictureSettings(ResultSettings):

@@ -17,6 +17,7 @@ MAX_NAMES = 5
 RUNNERS_UP = 3
 
 _F1_FIGURES = ("CP", "CR", "CF1", "OP", "OR", "OF1", "macro_F1")
+_F1_NAMES = (*_F1_FIGURES[:-1], "mean F1")
 _LEFT_OUT = {
     "full": ("labels", "positives"),
     "partial": ("labels", "positives", "negatives"),
@@ -79,15 +80,11 @@ def evaluation_text(figures: Mapping[str, Any]) -> str:
         weighted = _number(figures["weighted_mAP"], 2)
         lines.append(f"            {weighted} (weighted by the positives of each class)")
 
-    threshold, top_k = f"{figures['threshold']:g}", figures["top_k"]
-    rows = [["", *_F1_FIGURES[:-1], "mean F1"]]
-    for name, key in (
-        (f"score > {threshold}", "at_threshold"),
-        (f"score > {threshold}, top {top_k}", "at_top_k"),
-    ):
-        rows.append([name, *(_number(figures[key][figure], 1) for figure in _F1_FIGURES)])
-    lines += ["", *_aligned(rows)]
-    lines.append("(CF1: harmonic mean of CP and CR; mean F1: mean of the F1 of each class)")
+    lines += _at_thresholds(figures)
+    if "tuning" in figures:
+        lines += _tuning(figures["tuning"], figures["threshold"])
+    if "calibration" in figures:
+        lines += _calibration(figures)
 
     if len(classes) > MAX_CLASSES_IN_FULL:
         counted = [c for c in classes if c["AP"] is not None and c["name"] not in set(left_out)]
@@ -101,14 +98,91 @@ def evaluation_text(figures: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _at_thresholds(figures: Mapping[str, Any]) -> list[str]:
+    lines = [""]
+    threshold, top_k = figures["threshold"], figures["top_k"]
+    shown = "its threshold" if isinstance(threshold, list) else f"{threshold:g}"
+    if "tuned_on" in figures:
+        origin = figures["tuned_on"]
+        lines.append(f"thresholds  of each class, for {origin['rule']}, {_source(origin, figures)}")
+    lines += [f"note        {note}" for note in figures.get("notes", [])]
+    rows = [["", *_F1_NAMES]]
+    for name, key in (
+        (f"score > {shown}", "at_threshold"),
+        (f"score > {shown}, top {top_k}", "at_top_k"),
+    ):
+        rows.append([name, *_f1_cells(figures[key])])
+    lines += _aligned(rows)
+    return [*lines, "(CF1: harmonic mean of CP and CR; mean F1: mean of the F1 of each class)"]
+
+
+def _source(origin: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
+    """Where something stored was chosen, with a warning if that is what is measured here."""
+    text = f"from {origin['images']:,} images of {origin['dataset']} {origin['split']}"
+    same = all(origin[name] == figures.get(name) for name in ("dataset", "split"))
+    return text + (": these very images, so they fit them too well" if same else "")
+
+
+def _tuning(tuning: Mapping[str, Any], threshold: float) -> list[str]:
+    """What tuned thresholds gain: the figures of `thresholds.cross_fitted`."""
+    rows = [["", *_F1_NAMES]]
+    for name, key in (
+        (f"score > {threshold:g}", "threshold"),
+        ("one threshold for all", "common"),
+        ("one for each class", "per_class"),
+        ("one for all, same images", "common_same_images"),
+        ("one for each class, same images", "per_class_same_images"),
+    ):
+        rows.append([name, *_f1_cells(tuning["at"][key])])
+    lines = [
+        "",
+        f"thresholds tuned for {tuning['rule']}, in {tuning['folds']} folds",
+        *_aligned(rows),
+    ]
+    lines.append("(judged on images that did not choose, but for the last two: those are too good)")
+    for name, key in ((f"{threshold:g}", "threshold"), ("one tuned for all", "common")):
+        gain = tuning["gain"][f"over_{key}"]
+        low, high = gain["interval"]
+        lines.append(
+            f"mean F1 of one for each class over {name}: {gain['macro_F1']:+.2f}"
+            f" (95 % interval {low:+.2f} to {high:+.2f})"
+        )
+    if tuning["unreached"]:
+        lines.append(f"never that precise: {_listed(tuning['unreached'])}")
+    return [*lines, "stored in the checkpoint: one for each class, chosen on all of these images"]
+
+
+def _calibration(figures: Mapping[str, Any]) -> list[str]:
+    """ECE and Brier score of scores and of probabilities, fitted here or stored."""
+    found = figures["calibration"]
+    rows = [["", "ECE", "Brier"]]
+    for name in found["ECE"]:
+        rows.append([name, *(_number(found[which][name], 4) for which in ("ECE", "Brier"))])
+    if "stored" in found:
+        title = f"calibration of each class, {_source(found['stored'], figures)}"
+        return ["", title, *_aligned(rows), "(means over the classes)"]
+    return [
+        *("", f"calibration of each class, in {found['folds']} folds", *_aligned(rows)),
+        "(means over the classes, judged on images that the maps were not fitted to)",
+        f"stored in the checkpoint: {found['chosen']}, fitted to all of these images",
+    ]
+
+
+def _f1_cells(figures: Mapping[str, Any]) -> list[str]:
+    return [_number(figures[name], 1) for name in _F1_FIGURES]
+
+
 def prediction_text(prediction: Mapping[str, Any]) -> str:
     """The labels of one image: a line for each that was predicted, and one for the next three.
 
-    `prediction` is {"file", "labels": [{"name", "score", "predicted"}]}, highest score first.
+    `prediction` is {"file", "labels": [{"name", "score", "predicted"}]}, highest score first. Of
+    labels with a "probability" that is shown instead of the score.
     """
     labels = prediction["labels"]
-    found = [[f"  {x['name']}", percent(x["score"])] for x in labels if x["predicted"]]
-    rest = [f"{x['name']} {percent(x['score'])}" for x in labels if not x["predicted"]]
+    shown = [percent(x.get("probability", x["score"])) for x in labels]
+    each = list(zip(labels, shown, strict=True))
+    found = [[f"  {x['name']}", number] for x, number in each if x["predicted"]]
+    rest = [f"{x['name']} {number}" for x, number in each if not x["predicted"]]
     others = ", ".join(rest[:RUNNERS_UP])
     lines = [str(prediction["file"]), *_aligned(found)]
     if not found:

@@ -3,10 +3,12 @@
 A checkpoint is the official format and more: `{"model": weights, "num_classes": C, "idx_to_class":
 {0: name, ...}}`. Files of a training run also hold two sets of weights, "ema" (averaged) and
 "regular", and under "best" the name of the set that scored higher. "model" is that set, and shares
-its tensors, so a file holds every tensor once.
+its tensors, so a file holds every tensor once. validate.py may add "thresholds" and "calibration"
+(see `evaluation.judge`).
 """
 
 import argparse
+import os
 import pickle
 import re
 import warnings
@@ -21,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from asl.atomic import replacing
-from asl.errors import DataError
+from asl.errors import DataError, UsageError
 
 
 class _DType:
@@ -67,9 +69,13 @@ def save(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
     """
     if "best" in checkpoint:
         checkpoint = {**checkpoint, "model": checkpoint[checkpoint["best"]]}
+    _write(path, checkpoint)
+
+
+def _write(path: str | Path, content: Mapping[str, Any]) -> None:
     try:
         with replacing(path) as file:
-            torch.save(dict(checkpoint), file)
+            torch.save(dict(content), file)
             with torch.serialization.safe_globals(_HARMLESS):
                 refused = torch.serialization.get_unsafe_globals_in_checkpoint(file.name)
             if refused:
@@ -78,6 +84,40 @@ def save(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
         # torch closes its archive after an error, fails again, and raises this second failure
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise DataError(f"{path}: the checkpoint cannot be written: {_reason(cause)}") from error
+
+
+def version(path: str | Path) -> tuple[int, ...]:
+    """Which content a file has, for `amend`: it changes when the file is written or replaced.
+
+    Raises `UsageError` where that file cannot be amended: it has no entries beside its weights, or
+    its folder cannot be written to. Raises what `load` does.
+    """
+    path = Path(path).resolve()
+    content = _read(path)
+    if not isinstance(content, Mapping) or not any(
+        isinstance(content.get(name), Mapping) for name in ("model", "state_dict")
+    ):
+        raise UsageError(
+            f"{path} holds weights alone, as .safetensors files do: only a checkpoint of this "
+            "project or an official one has room for more"
+        )
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"{path} is to be changed, but {path.parent} cannot be written to")
+    about = path.stat()
+    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
+
+
+def amend(path: str | Path, entries: Mapping[str, Any], since: tuple[int, ...]) -> None:
+    """Put entries into a checkpoint, over those of the same names; the others stay as they are.
+
+    The file is replaced whole, at the end, or not at all; of a link the file that it leads to.
+    `since` is its `version` that the entries were made from. Raises `DataError` if it is another by
+    now, as a training writes it, and where it cannot be written.
+    """
+    path = Path(path).resolve()
+    if version(path) != since:
+        raise DataError(f"{path} was replaced while it was measured: measure it again")
+    _write(path, {**_read(path), **entries})
 
 
 def load(path: str | Path) -> dict[str, Any]:
