@@ -54,7 +54,7 @@ def gallery(key, title, examples):
     return {"key": key, "title": title, "explanation": f"About {title}.", "examples": examples}
 
 
-def sample_report(classes, **parts):
+def sample_report(names, **parts):
     """A report on 10,000 images of these classes; `parts` take the place of what it has."""
     report = {
         "title": "A report",
@@ -71,7 +71,7 @@ def sample_report(classes, **parts):
             {"name": "official", "mAP": 78.5, "explanation": "As the authors."},
             {"name": "interpolated", "mAP": 79.5, "explanation": "Eleven points."},
         ],
-        "classes": [class_figures(number, name) for number, name in enumerate(classes)],
+        "classes": [class_figures(number, name) for number, name in enumerate(names)],
         "repairs": [
             {"kind": kind, "mAP": 78.5 + gain, "gain": gain, "errors": 120, "explanation": "If."}
             for kind, gain in (("confusion", 6.5), ("false alarms", 3.25), ("misses", 9.75))
@@ -82,8 +82,8 @@ def sample_report(classes, **parts):
             {
                 "title": "Labels",
                 "explanation": "Share of the images with a class that have the other.",
-                "classes": list(classes[:4]),
-                "table": np.eye(len(classes[:4])).tolist(),
+                "classes": list(names[:4]),
+                "table": np.eye(len(names[:4])).tolist(),
             }
         ],
         "curve": curve(),

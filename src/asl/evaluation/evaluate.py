@@ -1,5 +1,6 @@
 """A checkpoint measured on a data set, and the figures that an epoch is judged by."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -43,11 +44,17 @@ def evaluate(config: ValidateConfig) -> dict[str, Any]:
     `calibrate` those of `calibration.cross_fitted` are under "calibration". What was chosen, on all
     of these images, is stored in the checkpoint, and its own plays no part.
 
+    With `report` the page of `build_report` is written into that folder.
+
     Raises `UsageError` and `DataError` for what is wrong with the input.
     """
     wanted, paths = config.evaluation, config.model.model_path
     changes = {"thresholds": wanted.tune_thresholds, "calibration": wanted.calibrate}
     chosen_anew = [name for name, how in changes.items() if how]
+    if wanted.report:
+        from asl.evaluation.report.page import check_folder
+
+        check_folder(wanted.report)
     with process_group(pick_device(config.run.device)) as device:
         version = _version(paths) if chosen_anew else ()
         scorer = Scorer.load(
@@ -87,7 +94,7 @@ def evaluate(config: ValidateConfig) -> dict[str, Any]:
         made, entries = _chosen(wanted, scores.numpy(), targets, names, origin, protocol(dataset))
         checkpoint.amend(paths[0], entries, version)
         judged |= made
-    return {
+    about = {
         "checkpoint": _alone(paths),
         "weights": _alone(scorer.weights),
         "dataset": config.data.dataset,
@@ -95,10 +102,37 @@ def evaluate(config: ValidateConfig) -> dict[str, Any]:
         "image_size": config.images.image_size,
         "tta": wanted.tta,
         "evaluated_as": evaluated_as(config.data),
-        **figures,
-        **judged,
-        **provenance(),
     }
+    if wanted.report:
+        _report(config, about, scores.numpy(), dataset, names, judge)
+    return {**about, **figures, **judged, **provenance()}
+
+
+def _report(
+    config: ValidateConfig,
+    about: Mapping[str, Any],
+    scores: Table,
+    dataset: Annotations,
+    names: Sequence[str],
+    judge: Judge,
+) -> None:
+    from asl.evaluation.report.build import build_report
+
+    rule = judge.rule or f"{judge.thresholds[0]:g} for all"
+    build_report(
+        scores,
+        dataset.dense(),
+        names,
+        config.evaluation.report,
+        title=f"{', '.join(config.model.model_path)} on {about['dataset']} {about['split']}",
+        protocol=protocol(dataset),
+        evaluated_as=about["evaluated_as"],
+        thresholds={f"{rule} (stored)" if judge.rule else rule: judge.thresholds},
+        files=[os.fsdecode(file) for file in dataset.files.tolist()],
+        root=dataset.root,
+        about={**about, "data": str(dataset.root), **provenance()},
+        settings=config.flat(),
+    )
 
 
 def _version(paths: Sequence[str]) -> tuple[int, ...]:

@@ -88,6 +88,8 @@ class MeasureSettings(ResultSettings):
     precision:0.8 (the highest recall of at least that precision)"""
     calibrate: Literal["temperature", "platt", "isotonic"] | None = None
     """fit a map from scores to probabilities for each class and store it in the checkpoint"""
+    report: str = ""
+    """write a page on these figures, with photographs, into this folder: index.html"""
     config: str = ""
     """recipe: a YAML file of settings"""
 

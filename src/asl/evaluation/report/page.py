@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 from PIL import Image
@@ -90,7 +90,7 @@ def html(report: Report, root: str | Path | None = None) -> str:
 
 
 @cache
-def _template() -> Any:
+def _template() -> Template:
     # Names of classes and files may hold anything that HTML gives a meaning to.
     environment = Environment(
         loader=FileSystemLoader(HERE),
@@ -111,7 +111,7 @@ def _part(name: str) -> Markup:
 def _vega_lite() -> str:
     import vl_convert  # 80 MB
 
-    return vl_convert.javascript_bundle().replace("</script", "<\\/script")
+    return vl_convert.javascript_bundle(None).replace("</script", "<\\/script")
 
 
 def _figure(value: float | None, digits: int = 2) -> str:
