@@ -329,24 +329,19 @@ def test_nothing_is_wider_than_the_screen(written, opened, width):
     assert page.evaluate("document.documentElement.scrollWidth") == width
 
 
-def test_every_control_is_reached_by_the_keyboard_and_has_a_name(written, opened):
-    page = opened(written)
-    controls = page.locator("button, select, input, summary, a").all()
-    visible = [each for each in controls if each.is_visible()]
-    reached = set()
-    for _ in visible:
-        page.keyboard.press("Tab")
-        # Its place among them.
-        reached.add(
-            page.evaluate(
-                "[...document.querySelectorAll('button, select, input, summary, a')]"
-                ".indexOf(document.activeElement)"
-            )
-        )
-    assert len(reached) == len(visible) > 20
-    for each in visible:
-        name = each.evaluate("e => e.labels?.[0]?.textContent || e.textContent")
-        assert name.strip()
+CONTROLS = """() => [...document.querySelectorAll("button, select, input, summary, a")]
+  .filter((each) => each.checkVisibility()).map((each) => {
+    each.focus();
+    const reached = document.activeElement === each && each.tabIndex >= 0;
+    return [reached, each.labels?.[0]?.textContent || each.textContent];
+  })"""
+
+
+def test_every_control_takes_the_focus_and_has_a_name(written, opened):
+    controls = opened(written).evaluate(CONTROLS)
+    assert len(controls) > 30
+    assert [name for reached, name in controls if not reached] == []
+    assert all(name.strip() for _, name in controls)
 
 
 def test_names_are_text_and_never_html(written):
@@ -396,7 +391,7 @@ def test_what_is_not_defined_is_a_dash(tmp_path, opened):
     write_report(report, tmp_path)
     page = opened(tmp_path)
     assert page.locator(".card .value").inner_text() == "–"
-    assert page.locator("#sizes, #parts td.bar").all_inner_texts() == ["–", "–", "91.5", "80.3"]
+    assert page.locator("#sizes, #parts td.bar").all_inner_texts() == ["–", "–", "91.5", "80.2"]
     assert names_in(page) == ["dog", "empty"]
     page.locator("#class-table").get_by_role("button", name="AP, %").click()
     assert names_in(page) == ["dog", "empty"]  # last in either direction
@@ -435,8 +430,8 @@ def test_many_classes_open_in_reasonable_time_and_space(tmp_path, opened):
     page.locator("#search").fill("09604")
     assert names_in(page) == ["/m/09604"]
     page.locator("#search").fill("")
-    page.get_by_role("button", name="Show all 9,605").click()
-    assert page.locator("#class-table .name").count() == 9605
+    page.get_by_role("button", name="Show more of 9,605").click()
+    assert page.locator("#class-table .name").count() == 600
     assert time.monotonic() - start < MAX_SECONDS_TO_OPEN
 
 

@@ -65,19 +65,19 @@
 
   // ---- Tables that one can sort -----------------------------------------------------------------
 
-  const FIRST_ROWS = 300; // of 9,605 classes, until all are asked for
+  const ROWS = 300; // of 9,605 classes at first, and with each asking for more: all take seconds
 
   // The columns have a title, `value(row)` to sort by, and `cell(row)`; `open(row)` gives what
   // opens below a row by its name. Returns a function that shows such rows as a filter passes.
   function sortable(place, rows, columns, { start, descending, open }) {
     let order = { column: start, descending };
-    let limit = FIRST_ROWS;
+    let limit = ROWS;
     let passes = () => true;
     const opened = new Set();
     const body = make("tbody");
     const heads = columns.map((column) => make("th", { scope: "col", class: column.class },
       make("button", { type: "button", onclick: () => sort(column) }, column.title)));
-    const more = make("button", { type: "button", class: "plain", onclick: () => { limit = Infinity; show(); } });
+    const more = make("button", { type: "button", class: "plain", onclick: () => { limit += ROWS; show(); } });
     place.append(make("table", { class: "sortable" }, make("thead", {}, make("tr", {}, heads)), body), more);
 
     function sort(column) {
@@ -115,7 +115,7 @@
       });
       body.replaceChildren(...shown.slice(0, limit).flatMap(lines));
       more.hidden = shown.length <= limit;
-      more.textContent = `Show all ${figure(shown.length, 0)}`;
+      more.textContent = `Show more of ${figure(shown.length, 0)}`;
       return shown.length;
     }
 

@@ -1,0 +1,186 @@
+"""Reports as a user asks for them: of a checkpoint, and of scores from anywhere."""
+
+import json
+import os
+
+import numpy as np
+import polars as pl
+import pytest
+from sklearn.metrics import average_precision_score
+
+from asl.errors import DataError, UsageError
+from asl.evaluation.evaluate import evaluate
+from asl.evaluation.report.tables import read_scores
+from asl.report import main
+
+CLASSES = ["cat", "dog", 'a "b", c']
+FILES = [f"photos/{number}.jpg" for number in range(200)]
+
+
+@pytest.fixture(scope="module")
+def cells():
+    """Scores and targets of 200 images, a few cells not annotated."""
+    random = np.random.default_rng(0)
+    targets = (random.random((200, 3)) < 0.3).astype(np.int8)
+    scores = np.clip(0.3 * targets + 0.7 * random.random((200, 3)), 0, 1).astype(np.float32)
+    targets[:5, 1] = -1
+    return scores, targets
+
+
+def ap_of(scores, targets):
+    """By scikit-learn, in percent."""
+    known = [targets[:, c] != -1 for c in range(targets.shape[1])]
+    return [
+        100 * average_precision_score(targets[rows, c], scores[rows, c])
+        for c, rows in enumerate(known)
+    ]
+
+
+def written(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def table(values, files=None, classes=CLASSES):
+    columns = {} if files is None else {"path": files}
+    return pl.DataFrame(columns | {name: values[:, c] for c, name in enumerate(classes)})
+
+
+def test_arrays_of_another_trainer(cells, tmp_path, capsys):
+    for name, values in zip(("s.npy", "t.npy"), cells, strict=True):
+        np.save(tmp_path / name, values)
+    arguments = [str(tmp_path / "s.npy"), str(tmp_path / "t.npy")]
+    main([*arguments, "--output", str(tmp_path / "out"), "--threshold", "0.6"])
+    assert capsys.readouterr().out == f"{tmp_path / 'out' / 'index.html'}\n"
+    report = written(tmp_path / "out")
+    assert [each["name"] for each in report["classes"]] == ["class 0", "class 1", "class 2"]
+    shown = [each["AP"]["value"] for each in report["classes"]]
+    np.testing.assert_allclose(shown, ap_of(*cells), atol=1e-6)
+    assert report["headline"][0]["figure"]["value"] == pytest.approx(np.mean(ap_of(*cells)))
+    [*_, first] = [each["points"][0] for each in report["classes"]]
+    assert (first["rule"], first["threshold"]) == ("0.6 for all", 0.6)
+    assert report["classes"][1]["negatives"] + report["classes"][1]["positives"] == 195
+
+
+@pytest.mark.parametrize("write", ["write_csv", "write_parquet"])
+def test_tables_are_matched_by_path_and_by_name(cells, tmp_path, write):
+    scores, targets = cells
+    suffix = write.removeprefix("write_")
+    getattr(table(scores, FILES), write)(tmp_path / f"s.{suffix}")
+    # Rows and columns in another order, and an image that has no scores.
+    more = np.vstack([targets[::-1, ::-1], [[1, 1, 1]]])
+    labels = table(more, [*FILES[::-1], "other.jpg"], CLASSES[::-1])
+    getattr(labels, write)(tmp_path / f"t.{suffix}")
+    read = read_scores(tmp_path / f"s.{suffix}", tmp_path / f"t.{suffix}")
+    assert (list(read.classes), list(read.files)) == (CLASSES, FILES)
+    np.testing.assert_allclose(read.scores, scores)
+    np.testing.assert_array_equal(read.targets, targets)
+
+
+def test_labels_may_be_names_and_scores_an_array(cells, tmp_path):
+    scores, targets = cells
+    targets = np.maximum(targets, 0)
+    rows = ["|".join(CLASSES[c] for c in np.flatnonzero(row)) for row in targets]
+    pl.DataFrame({"path": FILES, "labels": rows}).write_csv(tmp_path / "t.csv")
+    order = np.argsort(CLASSES)  # of names in one column, classes are in alphabetical order
+    np.save(tmp_path / "s.npy", scores[:, order])
+    read = read_scores(tmp_path / "s.npy", tmp_path / "t.csv")
+    assert (list(read.classes), list(read.files)) == (sorted(CLASSES), FILES)
+    np.testing.assert_array_equal(read.targets, targets[:, order])
+
+
+def test_a_table_with_splits_is_read_whole(cells, tmp_path):
+    scores, targets = cells
+    splits = pl.Series("split", ["train", "val"] * 100)
+    table(targets, FILES).with_columns(splits).write_csv(tmp_path / "t.csv")
+    table(scores[1::2], FILES[1::2]).write_csv(tmp_path / "s.csv")
+    read = read_scores(tmp_path / "s.csv", tmp_path / "t.csv")
+    np.testing.assert_array_equal(read.targets, targets[1::2])
+
+
+def spoilt(scores, row, column, value):
+    scores = scores.copy()
+    scores[row, column] = value
+    return scores
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda s: spoilt(s, 7, 1, 3.5), r"3.5 in row 8, column 2 of the scores is not from 0 to"),
+        (lambda s: spoilt(s, 0, 0, np.nan), r"nan in row 1, column 1"),
+        (lambda s: (s > 0.5).astype(int), r"holds int64, not scores"),
+        (lambda s: s[:-1], r"has 199 rows, .*t.npy 200"),
+        (lambda s: s[:, :2], r"s.npy has 2 columns, .*t.npy has 3 classes"),
+        (lambda s: s[0], r"has shape \(3,\), not \(images, classes\)"),
+        (lambda s: np.array([{}, None]), r"s.npy cannot be read"),
+    ],
+)
+def test_a_wrong_array_is_named(cells, tmp_path, make, message):
+    np.save(tmp_path / "s.npy", make(cells[0]))
+    np.save(tmp_path / "t.npy", cells[1])
+    with pytest.raises(DataError, match=message):
+        read_scores(tmp_path / "s.npy", tmp_path / "t.npy")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,cat\nx.jpg,0.5\n", r"x.jpg has scores, but no row in .*t.csv"),
+        ("path,cat\n1.jpg,high\n", r"row 2, column cat: 'high' is no number"),
+        ("path,cat\n1.jpg,\n", r"row 2, column cat: None is no number"),
+        ("path\n1.jpg\n", r"has no column with scores"),
+        ("path,wolf\n1.jpg,0.5\n", r"1 of 1 classes have no match: wolf"),
+    ],
+)
+def test_a_wrong_table_is_named(tmp_path, text, message):
+    (tmp_path / "t.csv").write_text("path,cat,dog\n1.jpg,1,0\n")
+    (tmp_path / "s.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_scores(tmp_path / "s.csv", tmp_path / "t.csv")
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    for name in ("s.npy", "s.csv"):
+        with pytest.raises(DataError, match=f"{name} is not there"):
+            read_scores(tmp_path / name, tmp_path / "t.npy")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--threshold", "2"], "threshold is 2.0, but must be from 0 to 1"),
+        (["--images", "nowhere"], "nowhere is not a folder"),
+        (["--output", os.devnull], "cannot write into"),
+    ],
+)
+def test_a_wrong_option_is_an_error_before_anything_is_read(options, message):
+    with pytest.raises(UsageError, match=message):
+        main(["s.npy", "t.npy", *options])
+
+
+def test_a_report_of_a_checkpoint(small_shapes, settings, measuring, tmp_path):
+    from asl.training.fit import fit
+
+    run = fit(settings(small_shapes, tmp_path / "run", epochs=1))
+    folder = tmp_path / "out"
+    config = measuring(small_shapes, run / "best.pt", report=str(folder))
+    figures = evaluate(config)
+    report = written(folder)
+    assert report["headline"][0]["figure"]["value"] == pytest.approx(figures["mAP"])
+    assert report["headline"][1]["figure"]["value"] == pytest.approx(figures["at_threshold"]["CF1"])
+    assert report["images"] == 20
+    assert report["protocol"].startswith("coco: annotated images only (official)")
+    assert report["about"]["checkpoint"] == str(run / "best.pt")
+    assert report["settings"]["image_size"] == "48"
+    page = (folder / "index.html").read_text()
+    shown = {each["file"] for gallery in report["galleries"] for each in gallery["examples"]}
+    thumbnails = json.loads(page.partition('id="thumbnails">')[2].partition("</script>")[0])
+    assert thumbnails.keys() == shown
+    assert all(thumbnails.values())
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_before_scoring(measuring, small_shapes):
+    # There is no such checkpoint: nobody looked for it.
+    config = measuring(small_shapes, "no.pt", report=os.devnull)
+    with pytest.raises(UsageError, match="cannot write into /dev/null"):
+        evaluate(config)
