@@ -172,6 +172,8 @@ def test_a_report_of_a_checkpoint(small_shapes, settings, measuring, tmp_path):
     assert report["protocol"].startswith("coco: annotated images only (official)")
     assert report["about"]["checkpoint"] == str(run / "best.pt")
     assert report["settings"]["image_size"] == "48"
+    assert [each["name"].split()[0] for each in report["sizes"]] == ["small", "medium", "large"]
+    assert all(each["objects"] for each in report["galleries"][1]["examples"])
     page = (folder / "index.html").read_text()
     shown = {each["file"] for gallery in report["galleries"] for each in gallery["examples"]}
     thumbnails = json.loads(page.partition('id="thumbnails">')[2].partition("</script>")[0])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from asl.data.annotations import PRESENT, UNANNOTATED, Annotations
 from asl.data.classes import read_descriptions
+from asl.data.objects import read_objects
 from asl.data.prior import write_prior
 from asl.data.settings import DataSettings
 from asl.data.splits import read_split, split_name
@@ -130,6 +131,7 @@ def _report(
         thresholds={f"{rule} (stored)" if judge.rule else rule: judge.thresholds},
         files=[os.fsdecode(file) for file in dataset.files.tolist()],
         root=dataset.root,
+        objects=read_objects(config.data, dataset),
         about={**about, "data": str(dataset.root), **provenance()},
         settings=config.flat(),
     )

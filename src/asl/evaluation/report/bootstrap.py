@@ -48,22 +48,25 @@ def _ap_of_class(score: Floats, target: Labels, counts: Tensor) -> Array:
     # that it reaches; those that reach none count nowhere.
     thresholds = np.unique(score[target == 1])
     positives, reaching = target == 1, (target != -1) & (score >= thresholds[0])
-    true = _between(np.flatnonzero(positives), score, thresholds, counts)
-    every = _between(np.flatnonzero(reaching), score, thresholds, counts)
-    found = true.flip(0).cumsum(0).flip(0)  # those that score at least as high
-    precision = found / every.flip(0).cumsum(0).flip(0).clamp(min=1)
-    ap: Array = ((true * precision).sum(0) / found[0]).numpy()  # 0 of 0 is NaN
+    true = _down_to(np.flatnonzero(positives), score, thresholds, counts)
+    every = _down_to(np.flatnonzero(reaching), score, thresholds, counts).cumsum(0)
+    found = true.cumsum(0)  # those that score at least as high
+    precision = found.double() / every.clamp(min=1)
+    ap: Array = ((true * precision).sum(0) / found[-1]).numpy()  # 0 of 0 is NaN
     return ap
 
 
-def _between(images: Rows, score: Floats, thresholds: Floats, counts: Tensor) -> Tensor:
-    """How often images from each threshold to the next were drawn: (thresholds, R) float64."""
-    step = np.searchsorted(thresholds, score[images], side="right") - 1
+def _down_to(images: Rows, score: Floats, thresholds: Floats, counts: Tensor) -> Tensor:
+    """How often images were drawn that reach each threshold, the highest first, but none above.
+
+    (thresholds, R) float32, which is exact up to 16 million images.
+    """
+    step = len(thresholds) - np.searchsorted(thresholds, score[images], side="right")
     order = np.argsort(step, kind="stable")
     starts = np.searchsorted(step[order], np.arange(len(thresholds)))
     rows, offsets = torch.from_numpy(images[order]), torch.from_numpy(starts)
     # Sums of rows of a table are what PyTorch's embeddings do: eight times as fast as NumPy's.
-    return torch.nn.functional.embedding_bag(rows, counts, offsets, mode="sum").double()
+    return torch.nn.functional.embedding_bag(rows, counts, offsets, mode="sum")
 
 
 def resampled_map(ap: Array, targets: Labels, counts: Tensor, protocol: Protocol) -> Array:

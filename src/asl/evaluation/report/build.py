@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from asl.data.objects import Objects
 from asl.evaluation.report.figures import report_contents
 from asl.evaluation.report.page import write_report
 from asl.evaluation.thresholds import operating_points
@@ -30,6 +31,7 @@ def build_report(
     evaluated_as: str = "",
     files: Sequence[str] = (),
     root: str | Path | None = None,
+    objects: Objects | None = None,
     about: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -48,6 +50,7 @@ def build_report(
         protocol=protocol,
         thresholds={**thresholds, **chosen},
         files=files,
+        objects=objects,
         about=_text({**(about or {}), "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")}),
         settings=_text(settings or {}),
         notes=[CHOSEN_HERE.format(", ".join(chosen))],

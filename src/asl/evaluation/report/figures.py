@@ -1,6 +1,6 @@
 """From scores and labels to what stands on a report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from asl.data.objects import Objects
 from asl.evaluation.report.arrays import Array, Labels
 from asl.evaluation.report.bootstrap import (
     LEVEL,
@@ -18,11 +19,11 @@ from asl.evaluation.report.bootstrap import (
     resampled_map,
 )
 from asl.evaluation.report.classes import CURVES, FEW, all_cells, class_figures
-from asl.evaluation.report.contents import Comparison, Headline, Report, Twin
+from asl.evaluation.report.contents import Comparison, Headline, Outline, Report, Twin
 from asl.evaluation.report.errors import kinds_of_error, repairs
 from asl.evaluation.report.examples import Scored, galleries
 from asl.evaluation.report.protocols import protocols
-from asl.evaluation.report.sizes import by_number_of_labels
+from asl.evaluation.report.sizes import by_number_of_labels, by_size
 from asl.evaluation.report.together import together
 from asl.metrics import Floats, Protocol, Table, f1_scores, mean_average_precision
 
@@ -36,6 +37,7 @@ def report_contents(
     protocol: Protocol,
     thresholds: Mapping[str, npt.ArrayLike],
     files: Sequence[str] = (),
+    objects: Objects | None = None,
     about: Mapping[str, str] | None = None,
     settings: Mapping[str, str] | None = None,
     twins: Sequence[Twin] = (),
@@ -48,8 +50,9 @@ def report_contents(
 
     `thresholds` are (C,) for each rule by which they were chosen, NaN for a class without one. The
     headline's F1 is that of the first rule; errors are those of "f1", or of the first rule where
-    there is no "f1". `files` are the N images, relative to the root of the data set, or none.
-    Intervals come from `resamples` draws of the images (default: `number_of_resamples`).
+    there is no "f1". `files` are the N images, relative to the root of the data set, or none;
+    with `objects`, those of these images and classes, there are figures by size. Intervals come
+    from `resamples` draws of the images (default: `number_of_resamples`).
 
     Raises `ValueError` as `asl.metrics` does, and where `thresholds` are none or of other classes.
     """
@@ -60,15 +63,18 @@ def report_contents(
     counts = resample(len(scores), resamples or number_of_resamples(scores.size), seed)
     ap_samples = resampled_ap(scores, targets, counts)
     rows = class_figures(scores, targets, names, limits, ap_samples)
-    kinds = kinds_of_error(scores, targets, limits[rule])
+    sizes = None if objects is None else objects.sizes(len(names))
+    kinds = kinds_of_error(scores, targets, limits[rule], None if sizes is None else sizes == 1)
     curve, histogram, reliability = all_cells(scores, targets)
-    scored = Scored(scores, targets, names, limits[rule], files)
+    scored = Scored(scores, targets, names, limits[rule], files, _outlines(objects, names))
     said = [
         f"Intervals hold the middle {LEVEL} % of {counts.shape[1]} draws of the images with "
         "replacement.",
         f"An error is one at the threshold of the rule {rule}.",
         f"A class with fewer than {FEW} positives is marked: its figures mean little.",
     ]
+    if sizes is None:
+        said.append("Nothing is known of where objects are: no figures by size, no outlines.")
     if len(names) > CURVES:
         said.append(f"Only the {CURVES} classes with most positives have a curve.")
     return {
@@ -80,8 +86,8 @@ def report_contents(
         "headline": _headline(scores, targets, limits, ap_samples, counts, protocol),
         "protocols": protocols(scores, targets),
         "classes": rows,
-        "repairs": repairs(scores, targets, kinds, protocol, with_sizes=False),
-        "sizes": [],
+        "repairs": repairs(scores, targets, kinds, protocol, with_sizes=sizes is not None),
+        "sizes": [] if sizes is None else by_size(scores, targets, limits[rule], protocol, sizes),
         "numbers_of_labels": by_number_of_labels(scores, targets, limits[rule], protocol),
         "together": together(scores, targets, names, limits[rule]),
         "curve": curve,
@@ -92,6 +98,19 @@ def report_contents(
         "comparison": comparison,
         "notes": [*said, *notes],
     }
+
+
+def _outlines(
+    objects: Objects | None, names: Sequence[str]
+) -> Callable[[int], list[Outline]] | None:
+    if objects is None:
+        return None
+
+    def of_image(row: int) -> list[Outline]:
+        outlines = objects.polygons(row)
+        return [{"name": names[column], "polygons": polygons} for column, polygons in outlines]
+
+    return of_image
 
 
 def number_of_resamples(cells: int) -> int:

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from asl.data.objects import SIZES
 from asl.evaluation.report.arrays import Array, Labels, Mask
 from asl.evaluation.report.contents import Bin
 from asl.metrics import Floats, Protocol, mean_average_precision
@@ -28,6 +29,29 @@ def by_number_of_labels(
                 "count": int(rows.sum()),
                 "AP": _defined(mean_average_precision(score, target, protocol=protocol)),
                 "recall": _recall(score, target == 1, thresholds),
+            }
+        )
+    return bins
+
+
+def by_size(
+    scores: Floats, targets: Labels, thresholds: Array, protocol: Protocol, sizes: Labels
+) -> list[Bin]:
+    """mAP and recall at `thresholds` of the positives whose largest object has that size.
+
+    `sizes` (N, C) are those of `Objects.sizes`. Positives of another size, or of none, are left
+    out; the negatives are all there, of every size alike.
+    """
+    bins: list[Bin] = []
+    for number, name in enumerate(SIZES, start=1):
+        chosen = (targets == 1) & (sizes == number)
+        target = np.where((targets == 1) & ~chosen, np.int8(-1), targets)
+        bins.append(
+            {
+                "name": name,
+                "count": int(np.count_nonzero(chosen)),
+                "AP": _defined(mean_average_precision(scores, target, protocol=protocol)),
+                "recall": _recall(scores, chosen, thresholds),
             }
         )
     return bins
