@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -15,6 +16,7 @@ from asl.evaluation.report.page import MAX_BYTES, check_folder, html, write_repo
 CLASSES = ["dog", "cat", "<script>alert(1)</script>", 'a "b" & it\'s', "Zebra, striped", "élan"]
 FILES = ["a/1.png", "a/<b>&'2.png", "gone.png", "broken.png"]
 MAX_SECONDS_TO_OPEN = 15
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +231,44 @@ def test_corrections_are_a_table_that_training_reads(written, opened, tmp_path):
         for file, labels in labels_of(columns).items()
     } == present
     assert not (columns.dense() == -1).any()
+
+
+@pytest.mark.parametrize(
+    ("button", "labels", "corrected"),
+    [
+        (
+            "#as-names",
+            ["path,labels", "x.jpg,cat", "a/1.png,dog", "broken.png,dog|cat"],
+            ["path,labels", "x.jpg,cat", "a/1.png,cat|dog", "broken.png,cat"],
+        ),
+        (
+            "#as-columns",
+            ["path,cat,dog", "x.jpg,1,0", "a/1.png,0,1", "broken.png,1,1"],
+            ["path,cat,dog", "x.jpg,1,0", "a/1.png,1,1", "broken.png,1,0"],
+        ),
+    ],
+)
+def test_corrections_go_into_a_table_as_the_document_says(
+    written, opened, tmp_path, monkeypatch, button, labels, corrected
+):
+    monkeypatch.chdir(tmp_path)
+    page = opened(written, accept_downloads=True)
+    page.get_by_label("The label is wrong: cat is there").check()
+    page.locator("#gallery-1 summary").click()
+    page.get_by_label("The label is wrong: dog is not there").first.check()
+    downloaded(page, button, tmp_path)
+    (tmp_path / "labels.csv").write_text("\n".join(labels) + "\n")
+    section = (REPOSITORY / "DATASETS.md").read_text().partition("### Corrections from")[2]
+    exec(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1], {})
+
+    def read_table(lines):
+        (tmp_path / "table.csv").write_text("\n".join(lines))
+        names = read("table", tmp_path / "table.csv", "train", val_share=0)
+        both = names.with_classes([names.classes.index(c) for c in ("cat", "dog")], ("cat", "dog"))
+        return labels_of(both)
+
+    made = (tmp_path / "corrected.csv").read_text().splitlines()
+    assert read_table(made) == read_table(corrected)
 
 
 def test_ticks_outlive_a_reload_and_are_taken_back(written, opened):
