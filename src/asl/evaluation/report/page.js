@@ -338,7 +338,7 @@
         make("div", {}, make("span", { class: "word" }, "truth "), names(example.truth, example.name)),
         make("div", {}, make("span", { class: "word" }, "predicted "),
           names(example.predicted, example.name, (each) => `${each.name} ${figure(each.score)}`)),
-        make("div", { class: "file" }, `${example.file} (row ${example.row}${quality})`.trim()),
+        make("div", { class: "file" }, `${example.file} (row\u00a0${example.row}${quality})`.trim()),
         tickBox(example)));
   }
 
