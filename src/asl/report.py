@@ -44,6 +44,7 @@ def report(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--threshold", type=float, default=DEFAULT_THRESHOLD, help="default: %(default)s"
     )
+    parser.add_argument("--compare", metavar="REPORT", help="another report on the same images")
     chosen = parser.parse_args(arguments)
     if not 0 <= chosen.threshold <= 1:
         raise UsageError(f"--threshold is {chosen.threshold}, but must be from 0 to 1")
@@ -51,10 +52,12 @@ def report(arguments: Sequence[str]) -> None:
         raise UsageError(f"--images: {chosen.images} is not a folder")
 
     from asl.evaluation.report.build import build_report
+    from asl.evaluation.report.compare import Resampled
     from asl.evaluation.report.page import check_folder
     from asl.evaluation.report.tables import read_scores
 
     check_folder(chosen.output)
+    other = Resampled.read(chosen.compare) if chosen.compare else None
     scores, targets, classes, files = read_scores(Path(chosen.scores), Path(chosen.labels))
     page = build_report(
         scores,
@@ -66,6 +69,8 @@ def report(arguments: Sequence[str]) -> None:
         thresholds={f"{chosen.threshold:g} for all": [chosen.threshold] * len(classes)},
         files=files,
         root=chosen.images,
+        other=other,
+        compared_with=chosen.compare or "",
         about={"scores": chosen.scores, "labels": chosen.labels, **provenance()},
         settings={"threshold": chosen.threshold, "images": chosen.images},
     )

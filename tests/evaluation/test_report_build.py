@@ -10,6 +10,7 @@ from sklearn.metrics import average_precision_score
 
 from asl.errors import DataError, UsageError
 from asl.evaluation.evaluate import evaluate
+from asl.evaluation.report.compare import Resampled
 from asl.evaluation.report.tables import read_scores
 from asl.report import main
 
@@ -97,6 +98,63 @@ def test_a_table_with_splits_is_read_whole(cells, tmp_path):
     np.testing.assert_array_equal(read.targets, targets[1::2])
 
 
+def test_two_reports_are_compared_class_by_class(cells, tmp_path):
+    scores, targets = cells
+    better = np.clip(scores + 0.2 * targets, 0, 1).astype(np.float32)
+    better[:, 1] = scores[:, 1]
+    np.save(tmp_path / "t.npy", targets)
+    for name, values in (("first", scores), ("second", better)):
+        np.save(tmp_path / f"{name}.npy", values)
+    first, second = ([str(tmp_path / f"{each}.npy")] for each in ("first", "second"))
+    labels = str(tmp_path / "t.npy")
+    main([*first, labels, "--output", str(tmp_path / "a")])
+    json_file = str(tmp_path / "a" / "report.json")
+    main([*second, labels, "--output", str(tmp_path / "b"), "--compare", json_file])
+    comparison = written(tmp_path / "b")["comparison"]
+    gained = np.subtract(ap_of(better, targets), ap_of(scores, targets))
+    shown = [each["difference"] for each in comparison["classes"]]
+    np.testing.assert_allclose([each["value"] for each in shown], gained, atol=1e-6)
+    assert comparison["mAP"]["value"] == pytest.approx(gained.mean())
+    assert 0 < comparison["mAP"]["low"] < comparison["mAP"]["value"] < comparison["mAP"]["high"]
+    # Paired: a class of the same scores has no difference in any resample.
+    assert shown[1] == {"value": 0, "low": 0, "high": 0}
+    # The same draws by hand, of one class.
+    random, samples = np.random.default_rng(0), []
+    for _ in range(1000):
+        rows = random.integers(0, 200, 200)
+        one, two = (ap_of(each[rows][:, :1], targets[rows][:, :1])[0] for each in (better, scores))
+        samples.append(one - two)
+    np.testing.assert_allclose(
+        [shown[0]["low"], shown[0]["high"]], np.percentile(samples, [2.5, 97.5]), atol=1e-3
+    )
+
+
+def test_a_report_on_other_labels_does_not_compare(cells, tmp_path):
+    scores, targets = cells
+    for name, values in (("s", scores), ("t", targets), ("u", targets[::-1])):
+        np.save(tmp_path / f"{name}.npy", values)
+    arguments = [str(tmp_path / "s.npy"), str(tmp_path / "t.npy"), "--output", str(tmp_path / "a")]
+    main(arguments)
+    arguments[1:] = [str(tmp_path / "u.npy"), "--output", str(tmp_path / "b")]
+    with pytest.raises(DataError, match=r"other images or labels \(class 0 differs\)"):
+        main([*arguments, "--compare", str(tmp_path / "a")])
+    assert list((tmp_path / "b").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, r"resamples.npz is not there"),
+        (lambda path: path.write_bytes(b"PK wrong"), r"resamples.npz cannot be read"),
+        (lambda path: np.savez(path, classes=["a"]), r"resamples.npz cannot be read"),
+    ],
+)
+def test_a_report_without_its_resamples_is_named(tmp_path, make, message):
+    make(tmp_path / "resamples.npz")
+    with pytest.raises(DataError, match=message):
+        Resampled.read(tmp_path / "report.json")
+
+
 def spoilt(scores, row, column, value):
     scores = scores.copy()
     scores[row, column] = value
@@ -166,6 +224,13 @@ def test_a_report_of_a_checkpoint(small_shapes, settings, measuring, tmp_path):
     config = measuring(small_shapes, run / "best.pt", report=str(folder))
     figures = evaluate(config)
     report = written(folder)
+    again = measuring(
+        small_shapes, run / "best.pt", report=str(tmp_path / "2"), compare=str(folder)
+    )
+    evaluate(again)
+    compared = written(tmp_path / "2")["comparison"]
+    assert compared["mAP"] == {"value": 0, "low": 0, "high": 0}
+    assert (compared["other"], len(compared["classes"])) == (str(folder), 24)
     assert report["headline"][0]["figure"]["value"] == pytest.approx(figures["mAP"])
     assert report["headline"][1]["figure"]["value"] == pytest.approx(figures["at_threshold"]["CF1"])
     assert report["images"] == 20
@@ -179,6 +244,11 @@ def test_a_report_of_a_checkpoint(small_shapes, settings, measuring, tmp_path):
     thumbnails = json.loads(page.partition('id="thumbnails">')[2].partition("</script>")[0])
     assert thumbnails.keys() == shown
     assert all(thumbnails.values())
+
+
+def test_a_comparison_needs_a_report(measuring):
+    with pytest.raises(UsageError, match="give --report DIR too"):
+        measuring("x", "no.pt", compare="other")
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_before_scoring(measuring, small_shapes):

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from asl.evaluation.score import Scorer
 from asl.evaluation.settings import DEFAULT_THRESHOLD, MeasureSettings, ValidateConfig
 from asl.metrics import Protocol, evaluate_scores, f1_scores, mean_average_precision
 from asl.models import checkpoint
+
+if TYPE_CHECKING:
+    from asl.evaluation.report.compare import Resampled
 
 
 def evaluate(config: ValidateConfig) -> dict[str, Any]:
@@ -52,10 +55,7 @@ def evaluate(config: ValidateConfig) -> dict[str, Any]:
     wanted, paths = config.evaluation, config.model.model_path
     changes = {"thresholds": wanted.tune_thresholds, "calibration": wanted.calibrate}
     chosen_anew = [name for name, how in changes.items() if how]
-    if wanted.report:
-        from asl.evaluation.report.page import check_folder
-
-        check_folder(wanted.report)
+    other = _prepared(wanted)
     with process_group(pick_device(config.run.device)) as device:
         version = _version(paths) if chosen_anew else ()
         scorer = Scorer.load(
@@ -105,8 +105,19 @@ def evaluate(config: ValidateConfig) -> dict[str, Any]:
         "evaluated_as": evaluated_as(config.data),
     }
     if wanted.report:
-        _report(config, about, scores.numpy(), dataset, names, judge)
+        _report(config, about, scores.numpy(), dataset, names, judge, other)
     return {**about, **figures, **judged, **provenance()}
+
+
+def _prepared(wanted: MeasureSettings) -> "Resampled | None":
+    """What a report needs, before the scoring: that its folder is writable, and the other one."""
+    if not wanted.report:
+        return None
+    from asl.evaluation.report.compare import Resampled
+    from asl.evaluation.report.page import check_folder
+
+    check_folder(wanted.report)
+    return Resampled.read(wanted.compare) if wanted.compare else None
 
 
 def _report(
@@ -116,6 +127,7 @@ def _report(
     dataset: Annotations,
     names: Sequence[str],
     judge: Judge,
+    other: "Resampled | None",
 ) -> None:
     from asl.evaluation.report.build import build_report
 
@@ -132,6 +144,8 @@ def _report(
         files=[os.fsdecode(file) for file in dataset.files.tolist()],
         root=dataset.root,
         objects=read_objects(config.data, dataset),
+        other=other,
+        compared_with=config.evaluation.compare,
         about={**about, "data": str(dataset.root), **provenance()},
         settings=config.flat(),
     )

@@ -90,6 +90,8 @@ class MeasureSettings(ResultSettings):
     """fit a map from scores to probabilities for each class and store it in the checkpoint"""
     report: str = ""
     """write a page on these figures, with photographs, into this folder: index.html"""
+    compare: str = ""
+    """show the differences to another report on the same images: its folder or report.json"""
     config: str = ""
     """recipe: a YAML file of settings"""
 
@@ -101,6 +103,8 @@ class MeasureSettings(ResultSettings):
                 f"tune_thresholds is {rule!r}, but must be f1 or a precision above 0, up to 1: "
                 "precision:0.8"
             )
+        if self.compare and not self.report:
+            raise UsageError("compare is for a report: give --report DIR too")
         return self
 
 

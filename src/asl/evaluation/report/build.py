@@ -8,7 +8,8 @@ from typing import Any
 import numpy.typing as npt
 
 from asl.data.objects import Objects
-from asl.evaluation.report.figures import report_contents
+from asl.evaluation.report.compare import Resampled, compare
+from asl.evaluation.report.figures import draws, report_contents
 from asl.evaluation.report.page import write_report
 from asl.evaluation.thresholds import operating_points
 from asl.metrics import Protocol
@@ -32,16 +33,23 @@ def build_report(
     files: Sequence[str] = (),
     root: str | Path | None = None,
     objects: Objects | None = None,
+    other: Resampled | None = None,
+    compared_with: str = "",
     about: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the report on (N, C) scores and targets, and return the path of the page.
 
     `thresholds` are (C,) by their names; those of `operating_points` come beside them. Photographs
-    are `files` below `root`. `evaluated_as` names the data's part of the protocol. The rest is as
-    in `report_contents` and `write_report`, as are the errors.
+    are `files` below `root`. `evaluated_as` names the data's part of the protocol. With the
+    resamples of an `other` report, `compared_with` is its name. The rest is as in
+    `report_contents`, `compare` and `write_report`, as are the errors.
     """
     chosen = operating_points(scores, targets)
+    counts, samples = draws(scores, targets)
+    own, comparison = Resampled.of(scores, targets, classes, samples), None
+    if other is not None:
+        comparison = compare(own, other, compared_with, targets, counts, protocol)
     report = report_contents(
         scores,
         targets,
@@ -51,12 +59,16 @@ def build_report(
         thresholds={**thresholds, **chosen},
         files=files,
         objects=objects,
+        comparison=comparison,
+        drawn=(counts, samples),
         about=_text({**(about or {}), "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")}),
         settings=_text(settings or {}),
         notes=[CHOSEN_HERE.format(", ".join(chosen))],
     )
     report["protocol"] = "; ".join(filter(None, (evaluated_as, protocol)))
-    return write_report(report, folder, root)
+    page = write_report(report, folder, root)
+    own.write(folder)
+    return page
 
 
 def _text(facts: Mapping[str, Any]) -> dict[str, str]:

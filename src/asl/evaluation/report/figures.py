@@ -43,6 +43,7 @@ def report_contents(
     twins: Sequence[Twin] = (),
     comparison: Comparison | None = None,
     notes: Sequence[str] = (),
+    drawn: tuple[Tensor, Array] | None = None,
     resamples: int | None = None,
     seed: int = 0,
 ) -> Report:
@@ -52,7 +53,8 @@ def report_contents(
     headline's F1 is that of the first rule; errors are those of "f1", or of the first rule where
     there is no "f1". `files` are the N images, relative to the root of the data set, or none;
     with `objects`, those of these images and classes, there are figures by size. Intervals come
-    from `resamples` draws of the images (default: `number_of_resamples`).
+    from `resamples` draws of the images (default: `number_of_resamples`), or
+    are those `drawn` already by `draws`.
 
     Raises `ValueError` as `asl.metrics` does, and where `thresholds` are none or of other classes.
     """
@@ -60,8 +62,7 @@ def report_contents(
     names = [str(name) for name in classes]
     limits = _limits(thresholds, len(names))
     rule = "f1" if "f1" in limits else next(iter(limits))
-    counts = resample(len(scores), resamples or number_of_resamples(scores.size), seed)
-    ap_samples = resampled_ap(scores, targets, counts)
+    counts, ap_samples = drawn or draws(scores, targets, resamples, seed)
     rows = class_figures(scores, targets, names, limits, ap_samples)
     sizes = None if objects is None else objects.sizes(len(names))
     kinds = kinds_of_error(scores, targets, limits[rule], None if sizes is None else sizes == 1)
@@ -111,6 +112,14 @@ def _outlines(
         return [{"name": names[column], "polygons": polygons} for column, polygons in outlines]
 
     return of_image
+
+
+def draws(
+    scores: Floats, targets: Labels, resamples: int | None = None, seed: int = 0
+) -> tuple[Tensor, Array]:
+    """How often each image stands in each resample, (N, R), and the AP of each class there."""
+    counts = resample(len(scores), resamples or number_of_resamples(scores.size), seed)
+    return counts, resampled_ap(scores, targets, counts)
 
 
 def number_of_resamples(cells: int) -> int:
