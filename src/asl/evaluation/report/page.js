@@ -150,7 +150,7 @@
     { title: "Class", key: "name", value: (row) => row.name,
       cell: (row, isOpen, toggle) => make("th", { scope: "row" },
         make("button", { type: "button", class: "name", "aria-expanded": String(isOpen), onclick: toggle }, row.name),
-        row.few ? make("span", { class: "few", title: "too few positives for these figures to mean much" }, "few") : null) },
+        row.few ? make("span", { class: "few", title: "too few positives to mean much" }, "few") : null) },
     numeric("AP, %", "AP", (row) => row.AP.value, figure),
     { title: "95 % interval", key: "width", large: true, class: "wide",
       value: (row) => (known(row.AP.low) && known(row.AP.high) ? row.AP.high - row.AP.low : null),
@@ -164,11 +164,12 @@
   ];
 
   function pointsTable(row) {
-    const heads = ["Rule", "Threshold", "Precision", "Recall", "F1"];
-    return make("table", { class: "small" },
-      make("thead", {}, make("tr", {}, heads.map((head, i) => make("th", { scope: "col", class: i ? "number" : null }, head)))),
-      make("tbody", {}, row.points.map((point) => make("tr", {}, make("th", { scope: "row" }, point.rule),
-        number(figure(point.threshold, 3)), [point.precision, point.recall, point.f1].map((each) => number(figureOfOne(each)))))));
+    const heads = ["Rule", "Threshold", "Precision", "Recall", "F1"].map((title, i) => (
+      make("th", { scope: "col", class: i ? "number" : null }, title)));
+    const lines = row.points.map(({ rule, threshold, precision, recall, f1 }) => (
+      make("tr", {}, make("th", { scope: "row" }, rule), number(figure(threshold, 3)),
+        [precision, recall, f1].map((each) => number(figureOfOne(each))))));
+    return make("table", { class: "small" }, make("thead", {}, make("tr", {}, heads)), make("tbody", {}, lines));
   }
 
   // Of most classes the edges are those over all cells, and stand there alone.
@@ -190,7 +191,8 @@
     return [
       make("p", { class: "muted" }, `AP ${figure(row.AP.value)} %`, reach(row.AP) ? ` (${reach(row.AP)})` : "",
         `, ${integer(row.positives)} positives, ${integer(row.negatives)} negatives`),
-      make("div", { class: "columns three" }, figures, make("div", {}, pointsTable(row), make("div", { class: "buttons" }, links))),
+      make("div", { class: "columns three" }, figures,
+        make("div", {}, pointsTable(row), make("div", { class: "buttons" }, links))),
     ];
   }
 
@@ -211,17 +213,22 @@
 
   if (report.comparison) {
     const rows = report.comparison.classes;
-    const largest = Math.max(1, ...rows.flatMap(({ difference: each }) => [each.low, each.high, each.value].map((value) => Math.abs(value ?? 0))));
+    const ends = rows.flatMap(({ difference: { value, low, high } }) => [value, low, high]);
+    const largest = Math.max(1, ...ends.map((each) => Math.abs(each ?? 0)));
     // Whether the interval leaves 0 out, and on which side it is.
-    const clear = ({ low, high }) => (!known(low) || !known(high) || (low <= 0 && high >= 0) ? "unclear" : high < 0 ? "minus" : "plus");
+    const clear = ({ low, high }) => {
+      if (!known(low) || !known(high) || (low <= 0 && high >= 0)) return "unclear";
+      return high < 0 ? "minus" : "plus";
+    };
     sortable(byId("differences"), rows, [
       { title: "Class", key: "name", value: (row) => row.name, cell: (row) => make("th", { scope: "row" }, row.name) },
       numeric("AP, %", "AP", (row) => row.AP, figure),
       numeric("Other", "other", (row) => row.other, figure),
       numeric("Difference", "difference", (row) => row.difference.value, signed),
       { title: "95 % interval", key: "low", large: true, class: "wide", value: (row) => row.difference.low,
-        cell: (row) => make("td", { class: "wide" }, span(row.difference, -largest, largest, clear(row.difference)), " ",
-          make("span", { class: "muted" }, reach(row.difference, signed))) },
+        cell: ({ difference }) => make("td", { class: "wide" },
+          span(difference, -largest, largest, clear(difference)), " ",
+          make("span", { class: "muted" }, reach(difference, signed))) },
     ], { start: "difference", descending: false })(() => true);
   }
 
@@ -274,7 +281,10 @@
   }
 
   // A list of labels says that all others are absent, which is not known of all sets.
-  const namesFit = () => report.full && ![...corrected().values()].some((labels) => [...labels.keys()].some((name) => name.includes("|")));
+  function namesFit() {
+    const labels = [...corrected().values()].flatMap((each) => [...each.keys()]);
+    return report.full && !labels.some((name) => name.includes("|"));
+  }
 
   const cell = (text) => (/[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
 
@@ -300,7 +310,8 @@
   });
 
   byId("forget").addEventListener("click", () => {
-    if (confirm(`Forget ${byId("how-many").textContent}?`)) [...corrections.values()].forEach((each) => tick(each, false));
+    if (!confirm(`Forget ${byId("how-many").textContent}?`)) return;
+    for (const example of [...corrections.values()]) tick(example, false);
   });
 
   // ---- Galleries --------------------------------------------------------------------------------
@@ -310,7 +321,8 @@
   function photograph(file, name, objects = []) {
     const picture = thumbnails[file];
     if (!picture) {
-      return make("div", { class: "photograph" }, make("div", { class: "lacking" }, file in thumbnails ? "cannot be read" : "no photograph"));
+      const reason = file in thumbnails ? "cannot be read" : "no photograph";
+      return make("div", { class: "photograph" }, make("div", { class: "lacking" }, reason));
     }
     const outlines = objects.flatMap((object) => object.polygons.map((points) => make("svg:polygon",
       { points: points.join(" "), class: object.name === name ? "this" : null }, make("svg:title", {}, object.name))));
@@ -346,8 +358,10 @@
     const body = place.querySelector(".body");
     const present = [...new Set(gallery.examples.map((each) => each.name))].sort((a, b) => a.localeCompare(b, "en"));
     const choice = make("select", { onchange: () => { limit = FIRST_EXAMPLES; show(); } },
-      make("option", { value: "" }, `all (${present.length} classes)`), present.map((name) => make("option", { value: name }, name)));
-    const outlined = make("input", { type: "checkbox", onchange: () => grid.classList.toggle("without", !outlined.checked) });
+      make("option", { value: "" }, `all (${present.length} classes)`),
+      present.map((name) => make("option", { value: name }, name)));
+    const outlined = make("input", { type: "checkbox", onchange: () => toggle() });
+    const toggle = () => grid.classList.toggle("without", !outlined.checked);
     outlined.checked = true;
     const grid = make("div", { class: "grid" });
     const more = make("button", { type: "button", class: "plain", onclick: () => { limit = Infinity; show(); } });
@@ -388,22 +402,26 @@
 
   function twinCard(twin) {
     const side = (file, split, labels) => make("div", {}, photograph(file, ""), make("div", { class: "about" },
-      make("div", {}, make("strong", {}, split), " ", labels.join(", ") || "none"), make("div", { class: "file" }, file)));
+      make("div", {}, make("strong", {}, split), " ", labels.join(", ") || "none"),
+      make("div", { class: "file" }, file)));
     const differ = twin.labels.join("|") !== twin.other_labels.join("|") ? ", other labels" : "";
     return make("article", { class: "example" },
-      make("div", { class: "two" }, side(twin.file, twin.split, twin.labels), side(twin.other, twin.other_split, twin.other_labels)),
+      make("div", { class: "two" },
+        side(twin.file, twin.split, twin.labels), side(twin.other, twin.other_split, twin.other_labels)),
       make("div", { class: "about muted" }, `${twin.bits} ${twin.bits === 1 ? "bit" : "bits"} apart${differ}`));
   }
 
   const twins = document.querySelector("[data-twins]");
   if (twins) {
-    whenOpened(twins, () => twins.querySelector(".body").append(make("div", { class: "grid pairs" }, report.twins.map(twinCard))));
+    const pairs = () => make("div", { class: "grid pairs" }, report.twins.map(twinCard));
+    whenOpened(twins, () => twins.querySelector(".body").append(pairs()));
   }
 
   // ---- What stands open at the start ------------------------------------------------------------
 
-  const examples = new Map(report.galleries.flatMap((gallery) => gallery.examples).map((each) => [keyOf(each), each]));
-  for (const key of JSON.parse(store.get(memory) || "[]")) if (examples.has(key)) corrections.set(key, examples.get(key));
+  const shown = report.galleries.flatMap((gallery) => gallery.examples);
+  const ticked = new Set(JSON.parse(store.get(memory) || "[]"));
+  for (const each of shown) if (ticked.has(keyOf(each))) corrections.set(keyOf(each), each);
   remember();
 
   const first = document.querySelector("[data-gallery]");
