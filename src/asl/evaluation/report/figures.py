@@ -24,6 +24,7 @@ from asl.evaluation.report.errors import kinds_of_error, repairs
 from asl.evaluation.report.examples import Scored, galleries
 from asl.evaluation.report.protocols import protocols
 from asl.evaluation.report.sizes import by_number_of_labels, by_size
+from asl.evaluation.report.suspects import gallery as suspects
 from asl.evaluation.report.together import together
 from asl.metrics import Floats, Protocol, Table, f1_scores, mean_average_precision
 
@@ -38,6 +39,7 @@ def report_contents(
     thresholds: Mapping[str, npt.ArrayLike],
     files: Sequence[str] = (),
     objects: Objects | None = None,
+    fold_scores: Table | None = None,
     about: Mapping[str, str] | None = None,
     settings: Mapping[str, str] | None = None,
     twins: Sequence[Twin] = (),
@@ -51,8 +53,9 @@ def report_contents(
     `thresholds` are (C,) for each rule by which they were chosen, NaN for a class without one. The
     headline's F1 is that of the first rule; errors are those of "f1", or of the first rule where
     there is no "f1". `files` are the N images, relative to the root of the data set, or none;
-    with `objects`, those of these images and classes, there are figures by size. Intervals come
-    from `resamples` draws of the images (default: `number_of_resamples`).
+    with `objects`, those of these images and classes, there are figures by size. Label errors
+    are suspected by `fold_scores` (N, C), of models that have not seen these labels, or else by
+    `scores`. Intervals come from `resamples` draws of the images (default: `number_of_resamples`).
 
     Raises `ValueError` as `asl.metrics` does, and where `thresholds` are none or of other classes.
     """
@@ -67,6 +70,7 @@ def report_contents(
     kinds = kinds_of_error(scores, targets, limits[rule], None if sizes is None else sizes == 1)
     curve, histogram, reliability = all_cells(scores, targets)
     scored = Scored(scores, targets, names, limits[rule], files, _outlines(objects, names))
+    doubting = None if fold_scores is None else _numpy(fold_scores)
     said = [
         f"Intervals hold the middle {LEVEL} % of {counts.shape[1]} draws of the images with "
         "replacement.",
@@ -93,7 +97,7 @@ def report_contents(
         "curve": curve,
         "scores": histogram,
         "reliability": reliability,
-        "galleries": galleries(scored),
+        "galleries": [*galleries(scored), suspects(scored, doubting)],
         "twins": list(twins),
         "comparison": comparison,
         "notes": [*said, *notes],
