@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import polars as pl
@@ -216,39 +217,67 @@ def test_a_wrong_option_is_an_error_before_anything_is_read(options, message):
         main(["s.npy", "t.npy", *options])
 
 
-def test_a_report_of_a_checkpoint(small_shapes, settings, measuring, tmp_path):
+@pytest.fixture(scope="module")
+def checkpoint(small_shapes, settings, tmp_path_factory):
     from asl.training.fit import fit
 
-    run = fit(settings(small_shapes, tmp_path / "run", epochs=1))
+    return fit(settings(small_shapes, tmp_path_factory.mktemp("run"), epochs=1)) / "best.pt"
+
+
+def test_a_report_of_a_checkpoint(small_shapes, checkpoint, measuring, tmp_path):
     folder = tmp_path / "out"
-    config = measuring(small_shapes, run / "best.pt", report=str(folder))
-    figures = evaluate(config)
+    figures = evaluate(measuring(small_shapes, checkpoint, report=str(folder)))
     report = written(folder)
-    again = measuring(
-        small_shapes, run / "best.pt", report=str(tmp_path / "2"), compare=str(folder)
-    )
-    evaluate(again)
-    compared = written(tmp_path / "2")["comparison"]
-    assert compared["mAP"] == {"value": 0, "low": 0, "high": 0}
-    assert (compared["other"], len(compared["classes"])) == (str(folder), 24)
     assert report["headline"][0]["figure"]["value"] == pytest.approx(figures["mAP"])
-    assert report["headline"][1]["figure"]["value"] == pytest.approx(figures["at_threshold"]["CF1"])
+    cf1 = report["headline"][1]["figure"]["value"]
+    assert cf1 == pytest.approx(figures["at_threshold"]["CF1"])
     assert report["images"] == 20
     assert report["protocol"].startswith("coco: annotated images only (official)")
-    assert report["about"]["checkpoint"] == str(run / "best.pt")
+    assert report["about"]["checkpoint"] == str(checkpoint)
     assert report["settings"]["image_size"] == "48"
     assert [each["name"].split()[0] for each in report["sizes"]] == ["small", "medium", "large"]
-    assert all(each["objects"] for each in report["galleries"][1]["examples"])
+    [misses] = [each for each in report["galleries"] if each["key"] == "misses"]
+    assert all(each["objects"] for each in misses["examples"])
+    assert any("Near-duplicates of train2014 and val2014" in note for note in report["notes"])
     page = (folder / "index.html").read_text()
     shown = {each["file"] for gallery in report["galleries"] for each in gallery["examples"]}
+    shown |= {twin[key] for twin in report["twins"] for key in ("file", "other")}
     thumbnails = json.loads(page.partition('id="thumbnails">')[2].partition("</script>")[0])
     assert thumbnails.keys() == shown
     assert all(thumbnails.values())
 
 
-def test_a_comparison_needs_a_report(measuring):
-    with pytest.raises(UsageError, match="give --report DIR too"):
-        measuring("x", "no.pt", compare="other")
+def test_a_report_with_folds_twins_and_a_comparison(small_shapes, checkpoint, measuring, tmp_path):
+    root = shutil.copytree(small_shapes, tmp_path / "shapes")
+    original = min((root / "val2014").iterdir())
+    copy = min((root / "train2014").iterdir())
+    shutil.copy(original, copy)
+    evaluate(measuring(root, checkpoint, report=str(tmp_path / "a")))
+    config = measuring(
+        root, checkpoint, report=str(tmp_path / "b"), compare=str(tmp_path / "a"), folds=4
+    )
+    evaluate(config)
+    first, second = (written(tmp_path / each) for each in "ab")
+    pairs = [(twin["file"], twin["other"], twin["bits"]) for twin in second["twins"]]
+    assert (original.name, f"../train2014/{copy.name}", 0) in pairs
+    compared = second["comparison"]
+    assert compared["mAP"] == {"value": 0, "low": 0, "high": 0}
+    assert (compared["other"], len(compared["classes"])) == (str(tmp_path / "a"), 24)
+
+    def qualities(report):
+        [suspects] = [each for each in report["galleries"] if each["key"] == "suspects"]
+        return [(each["row"], each["name"], each["quality"]) for each in suspects["examples"]]
+
+    assert qualities(first) != qualities(second)
+    shutil.rmtree(root / "train2014")
+    evaluate(measuring(root, checkpoint, report=str(tmp_path / "c")))
+    assert any("were not looked for" in note for note in written(tmp_path / "c")["notes"])
+
+
+@pytest.mark.parametrize("option", [{"compare": "other"}, {"folds": 5}])
+def test_a_comparison_and_folds_need_a_report(measuring, option):
+    with pytest.raises(UsageError, match=r"is for a report: give --report DIR too"):
+        measuring("x", "no.pt", **option)
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_before_scoring(measuring, small_shapes):

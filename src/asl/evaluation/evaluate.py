@@ -28,6 +28,7 @@ from asl.models import checkpoint
 
 if TYPE_CHECKING:
     from asl.evaluation.report.compare import Resampled
+    from asl.evaluation.report.contents import Twin
 
 
 def evaluate(config: ValidateConfig) -> dict[str, Any]:
@@ -67,6 +68,7 @@ def evaluate(config: ValidateConfig) -> dict[str, Any]:
             _check_enough(dataset)
         names = display_names(wanted.class_descriptions, scorer.classes)
         scores = scorer.scores(dataset, "validation")
+        features = _features(config, dataset, device) if wanted.folds else None
         if wanted.estimate_prior:
             images = read_split(config.data, "train", config.labels, classes=scorer.classes)
             estimate_prior(scorer, images, wanted.estimate_prior)
@@ -105,7 +107,7 @@ def evaluate(config: ValidateConfig) -> dict[str, Any]:
         "evaluated_as": evaluated_as(config.data),
     }
     if wanted.report:
-        _report(config, about, scores.numpy(), dataset, names, judge, other)
+        _report(config, about, scores.numpy(), dataset, names, judge, other, features)
     return {**about, **figures, **judged, **provenance()}
 
 
@@ -128,13 +130,17 @@ def _report(
     names: Sequence[str],
     judge: Judge,
     other: "Resampled | None",
+    features: Tensor | None,
 ) -> None:
     from asl.evaluation.report.build import build_report
+    from asl.evaluation.report.folds import out_of_fold
 
+    targets, folds = dataset.dense(), config.evaluation.folds
+    pairs, notes = _twins(config.data, dataset)
     rule = judge.rule or f"{judge.thresholds[0]:g} for all"
     build_report(
         scores,
-        dataset.dense(),
+        targets,
         names,
         config.evaluation.report,
         title=f"{', '.join(config.model.model_path)} on {about['dataset']} {about['split']}",
@@ -144,11 +150,36 @@ def _report(
         files=[os.fsdecode(file) for file in dataset.files.tolist()],
         root=dataset.root,
         objects=read_objects(config.data, dataset),
+        fold_scores=None if features is None else out_of_fold(features, targets, folds or 2),
+        twins=pairs,
         other=other,
         compared_with=config.evaluation.compare,
         about={**about, "data": str(dataset.root), **provenance()},
         settings=config.flat(),
+        notes=notes,
     )
+
+
+def _features(config: ValidateConfig, dataset: Annotations, device: torch.device) -> Tensor | None:
+    from asl.evaluation.report.folds import features_of
+
+    return features_of(dataset, config.model, config.images, config.run, device)
+
+
+def _twins(data: DataSettings, dataset: Annotations) -> tuple[list["Twin"], list[str]]:
+    """The images of the training split that are nearly one of these, and what is to be said."""
+    from asl.evaluation.report.twins import twins
+
+    names = [split_name(data, role) for role in ("train", "val")]
+    if names[0] == names[1]:
+        return [], ["Near-duplicates were not looked for: both splits are the same."]
+    try:
+        train = read_split(data, "train", classes=dataset.classes)
+        found, number = twins([train, dataset], names)
+    except (DataError, UsageError) as error:  # people have the one split without the other
+        return [], [f"Near-duplicates were not looked for: {error}"]
+    shown = f", of which the page shows {len(found)}" if number > len(found) else ""
+    return found, [f"Near-duplicates of {names[0]} and {names[1]}: {number:,}{shown}."]
 
 
 def _version(paths: Sequence[str]) -> tuple[int, ...]:

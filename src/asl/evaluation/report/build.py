@@ -9,10 +9,11 @@ import numpy.typing as npt
 
 from asl.data.objects import Objects
 from asl.evaluation.report.compare import Resampled, compare
+from asl.evaluation.report.contents import Twin
 from asl.evaluation.report.figures import draws, report_contents
 from asl.evaluation.report.page import write_report
 from asl.evaluation.thresholds import operating_points
-from asl.metrics import Protocol
+from asl.metrics import Floats, Protocol
 
 CHOSEN_HERE = (
     "The thresholds of the rules {} were chosen on these very images: what they reach here is too "
@@ -33,10 +34,13 @@ def build_report(
     files: Sequence[str] = (),
     root: str | Path | None = None,
     objects: Objects | None = None,
+    fold_scores: Floats | None = None,
+    twins: Sequence[Twin] = (),
     other: Resampled | None = None,
     compared_with: str = "",
     about: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
 ) -> Path:
     """Write the report on (N, C) scores and targets, and return the path of the page.
 
@@ -59,11 +63,13 @@ def build_report(
         thresholds={**thresholds, **chosen},
         files=files,
         objects=objects,
+        fold_scores=fold_scores,
+        twins=twins,
         comparison=comparison,
         drawn=(counts, samples),
         about=_text({**(about or {}), "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")}),
         settings=_text(settings or {}),
-        notes=[CHOSEN_HERE.format(", ".join(chosen))],
+        notes=[CHOSEN_HERE.format(", ".join(chosen)), *notes],
     )
     report["protocol"] = "; ".join(filter(None, (evaluated_as, protocol)))
     page = write_report(report, folder, root)

@@ -17,7 +17,7 @@ from asl.evaluation.report.arrays import Array, Labels, Mask, Rows
 from asl.evaluation.report.contents import Repair
 from asl.metrics import Floats, Protocol, blocks, mean_average_precision
 
-SURE = 0.9  # precision at a score from which on an absent label is likely a missing one
+SURE = 0.9  # precision at a score, below which no absent label is likely a missing one
 OFTEN = 0.1  # share of a class's images in which a class that often stands beside it is
 MORE_OFTEN = 2.0  # times as often as in all images
 TAIL = 0.05  # share of the images without a class that are its most likely ones
@@ -50,8 +50,8 @@ def _found(scores: Floats, targets: Labels, cells: Mask) -> tuple[Floats, Labels
 KINDS = {
     1: Kind(
         "likely a missing label",
-        "A false alarm whose score is so high that at least 90 % of the class's cells that score "
-        "as high are present. Repaired: the label is present.",
+        "A false alarm that scores as high as the class's present cells do on average, where at "
+        "least 90 % of the cells that score as high are present. Repaired: the label is present.",
         _labelled,
     ),
     2: Kind(
@@ -195,12 +195,19 @@ def _in_image(targets: Labels, related: Mask, part: slice) -> Mask:
 
 
 def _sure(scores: Floats, targets: Labels, cells: Mask) -> Mask:
-    """Where at least `SURE` of the cells that score as high are present: (classes, N)."""
+    """Where a cell scores as a present one does: (classes, N).
+
+    As their mean, and where at least `SURE` of the cells that score as high are present. The first
+    is what confident learning asks (`suspects.py`), the second that a class is known well.
+    """
     marked = np.zeros(cells.shape, dtype=bool)
     for row, (score, target) in enumerate(zip(scores, targets, strict=True)):
         positives, negatives = np.sort(score[target == 1]), np.sort(score[target == 0])
+        if not len(positives):
+            continue
         asked = score[cells[row]]
         hits = len(positives) - np.searchsorted(positives, asked)
         alarms = len(negatives) - np.searchsorted(negatives, asked)
-        marked[row, cells[row]] = hits >= SURE * (hits + alarms)
+        known = hits >= SURE * (hits + alarms)
+        marked[row, cells[row]] = known & (asked >= positives.mean(dtype=np.float64))
     return marked

@@ -24,6 +24,7 @@ from asl.evaluation.report.errors import kinds_of_error, repairs
 from asl.evaluation.report.examples import Scored, galleries
 from asl.evaluation.report.protocols import protocols
 from asl.evaluation.report.sizes import by_number_of_labels, by_size
+from asl.evaluation.report.suspects import gallery as suspects
 from asl.evaluation.report.together import together
 from asl.metrics import Floats, Protocol, Table, f1_scores, mean_average_precision
 
@@ -38,6 +39,7 @@ def report_contents(
     thresholds: Mapping[str, npt.ArrayLike],
     files: Sequence[str] = (),
     objects: Objects | None = None,
+    fold_scores: Table | None = None,
     about: Mapping[str, str] | None = None,
     settings: Mapping[str, str] | None = None,
     twins: Sequence[Twin] = (),
@@ -52,9 +54,10 @@ def report_contents(
     `thresholds` are (C,) for each rule by which they were chosen, NaN for a class without one. The
     headline's F1 is that of the first rule; errors are those of "f1", or of the first rule where
     there is no "f1". `files` are the N images, relative to the root of the data set, or none;
-    with `objects`, those of these images and classes, there are figures by size. Intervals come
-    from `resamples` draws of the images (default: `number_of_resamples`), or
-    are those `drawn` already by `draws`.
+    with `objects`, those of these images and classes, there are figures by size. Label errors
+    are suspected by `fold_scores` (N, C), of models that have not seen these labels, or else by
+    `scores`. Intervals come from `resamples` draws of the images (default: `number_of_resamples`),
+    or are those `drawn` already by `draws`.
 
     Raises `ValueError` as `asl.metrics` does, and where `thresholds` are none or of other classes.
     """
@@ -68,16 +71,8 @@ def report_contents(
     kinds = kinds_of_error(scores, targets, limits[rule], None if sizes is None else sizes == 1)
     curve, histogram, reliability = all_cells(scores, targets)
     scored = Scored(scores, targets, names, limits[rule], files, _outlines(objects, names))
-    said = [
-        f"Intervals hold the middle {LEVEL} % of {counts.shape[1]} draws of the images with "
-        "replacement.",
-        f"An error is one at the threshold of the rule {rule}.",
-        f"A class with fewer than {FEW} positives is marked: its figures mean little.",
-    ]
-    if sizes is None:
-        said.append("Nothing is known of where objects are: no figures by size, no outlines.")
-    if len(names) > CURVES:
-        said.append(f"Only the {CURVES} classes with most positives have a curve.")
+    doubting = None if fold_scores is None else _numpy(fold_scores)
+    said = _said(counts.shape[1], rule, len(names), sizes is not None)
     return {
         "title": title,
         "protocol": protocol,
@@ -94,7 +89,7 @@ def report_contents(
         "curve": curve,
         "scores": histogram,
         "reliability": reliability,
-        "galleries": galleries(scored),
+        "galleries": [*galleries(scored), suspects(scored, doubting)],
         "twins": list(twins),
         "comparison": comparison,
         "notes": [*said, *notes],
@@ -112,6 +107,21 @@ def _outlines(
         return [{"name": names[column], "polygons": polygons} for column, polygons in outlines]
 
     return of_image
+
+
+def _said(resamples: int, rule: str, classes: int, with_sizes: bool) -> list[str]:
+    """What a reader of the figures has to know."""
+    said = [
+        f"Intervals hold the middle {LEVEL} % of {resamples:,} draws of the images with "
+        "replacement.",
+        f"An error is one at the threshold of the rule {rule}.",
+        f"A class with fewer than {FEW} positives is marked: its figures mean little.",
+    ]
+    if not with_sizes:
+        said.append("Nothing is known of where objects are: no figures by size, no outlines.")
+    if classes > CURVES:
+        said.append(f"Only the {CURVES} classes with most positives have a curve.")
+    return said
 
 
 def draws(
