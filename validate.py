@@ -31,6 +31,8 @@ def main() -> None:
     if config.evaluation.json_file:
         write_json(figures, config.evaluation.json_file)
         print(f"all figures: {config.evaluation.json_file}")
+    if config.evaluation.report:
+        print(f"report: {Path(config.evaluation.report) / 'index.html'}")
     if config.evaluation.estimate_prior:
         print(f"prior: {config.evaluation.estimate_prior}")
 

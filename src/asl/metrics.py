@@ -82,7 +82,7 @@ def f1_scores(
         raise ValueError(f"top_k is {top_k}; it must be at least 1")
 
     hits, predictions, positives, negatives = np.zeros((4, num_classes), dtype=np.int64)
-    for score, target in _blocks(scores, targets, axis=0):
+    for score, target in blocks(scores, targets, axis=0):
         predicted = (score > limit) & (target != -1)
         if top_k is not None and top_k < num_classes:
             predicted &= _among_top(score, target != -1, top_k)
@@ -245,7 +245,7 @@ def sorted_by_class(scores: Table, targets: Table) -> Iterator[tuple[Floats, Flo
     Two sorts of values instead of one argsort: NumPy sorts values with vector instructions, five
     times faster than it sorts indices, and what is not annotated falls out by itself.
     """
-    for block_scores, block_targets in _blocks(scores, targets, axis=1):
+    for block_scores, block_targets in blocks(scores, targets, axis=1):
         for score, target in zip(block_scores, block_targets, strict=True):
             yield np.sort(score[target == 1]), np.sort(score[target == 0])
 
@@ -325,7 +325,7 @@ def _as_tables(scores: Table, targets: Table) -> tuple[Table, Table]:
     return scores, targets
 
 
-def _blocks(
+def blocks(
     scores: Table, targets: Table, axis: Literal[0, 1]
 ) -> Iterator[tuple[Floats, npt.NDArray[Any]]]:
     """Cut the tables into checked, contiguous blocks of rows (axis 0) or of classes (axis 1).

@@ -187,6 +187,11 @@ def test_a_byte_order_mark_quotes_and_spaces_do_no_harm(tmp_path):
     assert rows(table(tmp_path, "train")) == {"a, b.jpg": [1, 1]}
 
 
+def test_quotation_marks_in_the_name_of_a_class(tmp_path):
+    (tmp_path / "t.csv").write_text('path,split,"a ""b"", c"\n1.jpg,train,1\n')
+    assert table(tmp_path, "train").classes == ('a "b", c',)
+
+
 def test_an_absolute_path_inside_the_folder_is_taken(tmp_path):
     path = write(tmp_path / "t.csv", f"path,labels,split\n{tmp_path}/a.jpg,cat,train\n")
     assert rows(table(path, "train")) == {"a.jpg": [1]}

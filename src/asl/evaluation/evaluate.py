@@ -1,10 +1,11 @@
 """A checkpoint measured on a data set, and the figures that an epoch is judged by."""
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from asl.atomic import check_result
 from asl.data.annotations import PRESENT, UNANNOTATED, Annotations
 from asl.data.classes import read_descriptions
+from asl.data.objects import read_objects
 from asl.data.prior import write_prior
 from asl.data.settings import DataSettings
 from asl.data.splits import read_split, split_name
@@ -25,6 +27,10 @@ from asl.evaluation.score import Scorer
 from asl.evaluation.settings import DEFAULT_THRESHOLD, MeasureSettings, ValidateConfig
 from asl.metrics import Protocol, evaluate_scores, f1_scores, mean_average_precision
 from asl.models import checkpoint
+
+if TYPE_CHECKING:
+    from asl.evaluation.report.compare import Resampled
+    from asl.evaluation.report.contents import Twin
 
 
 def evaluate(config: ValidateConfig) -> dict[str, Any]:
@@ -45,6 +51,8 @@ def evaluate(config: ValidateConfig) -> dict[str, Any]:
     `calibrate` those of `calibration.cross_fitted` are under "calibration". What was chosen, on all
     of these images, is stored in the checkpoint, and its own plays no part.
 
+    With `report` the page of `build_report` is written into that folder.
+
     Raises `UsageError` and `DataError` for what is wrong with the input.
     """
     wanted, paths = config.evaluation, config.model.model_path
@@ -52,6 +60,7 @@ def evaluate(config: ValidateConfig) -> dict[str, Any]:
         check_result(path)
     changes = {"thresholds": wanted.tune_thresholds, "calibration": wanted.calibrate}
     chosen_anew = [name for name, how in changes.items() if how]
+    other = _prepared(wanted)
     with process_group(pick_device(config.run.device)) as device:
         version = _version(paths) if chosen_anew else ()
         scorer = Scorer.load(
@@ -63,6 +72,7 @@ def evaluate(config: ValidateConfig) -> dict[str, Any]:
             _check_enough(dataset)
         names = display_names(wanted.class_descriptions, scorer.classes)
         scores = scorer.scores(dataset, "validation")
+        features = _features(config, dataset, device) if wanted.folds else None
         if wanted.estimate_prior:
             images = read_split(config.data, "train", config.labels, classes=scorer.classes)
             estimate_prior(scorer, images, wanted.estimate_prior)
@@ -91,7 +101,7 @@ def evaluate(config: ValidateConfig) -> dict[str, Any]:
         made, entries = _chosen(wanted, scores.numpy(), targets, names, origin, protocol(dataset))
         checkpoint.amend(paths[0], entries, version)
         judged |= made
-    return {
+    about = {
         "checkpoint": _alone(paths),
         "weights": _alone(scorer.weights),
         "dataset": config.data.dataset,
@@ -99,10 +109,81 @@ def evaluate(config: ValidateConfig) -> dict[str, Any]:
         "image_size": config.images.image_size,
         "tta": wanted.tta,
         "evaluated_as": evaluated_as(config.data),
-        **figures,
-        **judged,
-        **provenance(),
     }
+    if wanted.report:
+        _report(config, about, scores.numpy(), dataset, names, judge, other, features)
+    return {**about, **figures, **judged, **provenance()}
+
+
+def _prepared(wanted: MeasureSettings) -> "Resampled | None":
+    """What a report needs, before the scoring: that its folder is writable, and the other one."""
+    if not wanted.report:
+        return None
+    from asl.evaluation.report.compare import Resampled
+    from asl.evaluation.report.page import check_folder
+
+    check_folder(wanted.report)
+    return Resampled.read(wanted.compare) if wanted.compare else None
+
+
+def _report(
+    config: ValidateConfig,
+    about: Mapping[str, Any],
+    scores: Table,
+    dataset: Annotations,
+    names: Sequence[str],
+    judge: Judge,
+    other: "Resampled | None",
+    features: Tensor | None,
+) -> None:
+    from asl.evaluation.report.build import build_report
+    from asl.evaluation.report.folds import out_of_fold
+
+    targets, folds = dataset.dense(), config.evaluation.folds
+    pairs, notes = _twins(config.data, dataset)
+    rule = judge.rule or f"{judge.thresholds[0]:g} for all"
+    build_report(
+        scores,
+        targets,
+        names,
+        config.evaluation.report,
+        title=f"{', '.join(config.model.model_path)} on {about['dataset']} {about['split']}",
+        protocol=protocol(dataset),
+        evaluated_as=about["evaluated_as"],
+        thresholds={f"{rule} (stored)" if judge.rule else rule: judge.thresholds},
+        files=[os.fsdecode(file) for file in dataset.files.tolist()],
+        root=dataset.root,
+        objects=read_objects(config.data, dataset),
+        fold_scores=None if features is None else out_of_fold(features, targets, folds or 2),
+        twins=pairs,
+        other=other,
+        compared_with=config.evaluation.compare,
+        about={**about, "data": str(dataset.root), **provenance()},
+        settings=config.flat(),
+        notes=notes,
+    )
+
+
+def _features(config: ValidateConfig, dataset: Annotations, device: torch.device) -> Tensor | None:
+    from asl.evaluation.report.folds import features_of
+
+    return features_of(dataset, config.model, config.images, config.run, device)
+
+
+def _twins(data: DataSettings, dataset: Annotations) -> tuple[list["Twin"], list[str]]:
+    """The images of the training split that are nearly one of these, and what is to be said."""
+    from asl.evaluation.report.twins import twins
+
+    names = [split_name(data, role) for role in ("train", "val")]
+    if names[0] == names[1]:
+        return [], ["Near-duplicates were not looked for: both splits are the same."]
+    try:
+        train = read_split(data, "train", classes=dataset.classes)
+        found, number = twins([train, dataset], names)
+    except (DataError, UsageError) as error:  # people have the one split without the other
+        return [], [f"Near-duplicates were not looked for: {error}"]
+    shown = f", of which the page shows {len(found)}" if number > len(found) else ""
+    return found, [f"Near-duplicates of {names[0]} and {names[1]}: {number:,}{shown}."]
 
 
 def _version(paths: Sequence[str]) -> tuple[int, ...]:

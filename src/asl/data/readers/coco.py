@@ -10,6 +10,7 @@ import mmap
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -51,6 +52,9 @@ class Instances(msgspec.Struct):
     categories: list[Category]
 
 
+Content = TypeVar("Content", bound=msgspec.Struct)
+
+
 def coco(
     root: Path, split: str, *, all_images: bool = False, image_folder: str = ""
 ) -> Annotations:
@@ -74,7 +78,7 @@ def coco(
     twice, an annotation of an image or category that the file does not list, and an empty split.
     """
     path, folder = sources(root, split, image_folder=image_folder)
-    data = _decode(path)
+    data = decode(path, Instances)
     column_of = _positions([c.id for c in data.categories], f"{path}: categories", "id")
     classes = [c.name for c in data.categories]
     _positions(classes, f"{path}: categories", "name")
@@ -96,7 +100,7 @@ def coco(
     values = [PRESENT] * len(owners) + [ABSENT] * len(absent)
     implied = ABSENT if all(i.neg_category_ids is None for i in images) else UNANNOTATED
     files = image_names(
-        [_file_name(image) for image in images],
+        [file_name(image) for image in images],
         folder,
         lambda row: f"{path}: images[{position_of[images[row].id]}].file_name",
     )
@@ -124,15 +128,19 @@ def sources(root: Path, split: str, *, image_folder: str = "", **_: object) -> t
     return path, next((folder for folder in folders if folder.is_dir()), beside)
 
 
-def _decode(path: Path) -> Instances:
+def decode(path: Path, kind: type[Content]) -> Content:
+    """The JSON as `Instances`, or as a kind of them with more fields.
+
+    Raises `DataError` for a file that cannot be read, is not such a JSON, or has no image or
+    category.
+    """
     # The decoder works on a map of the file. Neither its text nor the fields that are not needed
-    # become Python objects.
+    # become Python objects. A field of type Raw keeps the map open, so nothing closes it here.
     try:
         with path.open("rb") as file:
             if not path.stat().st_size:
                 raise DataError(f"{path} is empty")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-                data = _instances(text)
+            data = _parsed(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), kind)
     except OSError as error:
         raise unreadable(path, error) from error
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
@@ -143,17 +151,17 @@ def _decode(path: Path) -> Instances:
     return data
 
 
-def _instances(text: mmap.mmap) -> Instances:
-    decode = msgspec.json.Decoder(Instances).decode
+def _parsed(text: mmap.mmap, kind: type[Content]) -> Content:
+    decoder = msgspec.json.Decoder(kind).decode
     content = text[3:] if text[:3] == codecs.BOM_UTF8 else text
     try:
-        return decode(content)
+        return decoder(content)
     except msgspec.DecodeError as error:
         # NaN is not JSON, but converters write it for boxes and areas. Python's parser reads it and
         # needs several times the time and memory. Encoded again, NaN is null.
         if isinstance(error, msgspec.ValidationError) or not re.search(rb"NaN|Infinity", content):
             raise
-        return decode(msgspec.json.encode(json.loads(content[:])))
+        return decoder(msgspec.json.encode(json.loads(content[:])))
 
 
 def _positions(ids: Sequence[Id], place: str, field: str) -> dict[Id, int]:
@@ -173,6 +181,7 @@ def _look_up(ids: Sequence[Id], positions: dict[Id, int], place: Callable[[int],
         raise DataError(f"{place(index)}: there is no {ids[index]!r}") from None
 
 
-def _file_name(image: Image) -> str:
+def file_name(image: Image) -> str:
+    """The path of an image as the JSON has it."""
     # LVIS has no file names, but URLs that end in train2017/000000391895.jpg.
     return image.file_name or "/".join((image.coco_url or "").rsplit("/", 2)[-2:])

@@ -79,6 +79,18 @@ def table(
     return annotations_of(tables, split, root, folder)
 
 
+def all_rows(path: Path) -> Annotations:
+    """Every image of one table, whatever its split, in the order of the rows.
+
+    Raises `DataError` as `table` does.
+    """
+    if not path.is_file():
+        raise not_found(path)
+    whole = _read(path)
+    cells = whole.cells.with_columns(split=pl.lit("all"))
+    return annotations_of([whole._replace(cells=cells)], "all", path, path.parent)
+
+
 def splits(root: Path) -> list[str]:
     """The splits of a table or folder of tables; "train" and "val" where they are to be drawn."""
     *paths, _ = sources(root, "")
@@ -152,7 +164,9 @@ def read_table(path: Path) -> Table:
 
 def _read_csv(path: Path) -> pl.DataFrame:
     try:
-        cells = pl.read_csv(path, infer_schema=False).rename(str.strip)
+        cells = pl.read_csv(path, infer_schema=False)
+        # Of quoted names of columns, Polars leaves the quotes inside doubled.
+        cells = cells.rename(lambda name: name.replace('""', '"').strip())
         return cells.with_columns(pl.all().str.strip_chars().replace("", None))
     except PolarsError as error:
         # Polars does not say where a CSV is wrong. This slow reader does.
