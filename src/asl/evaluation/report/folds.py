@@ -18,7 +18,7 @@ from asl.models.settings import DeviceSettings, TrainedModelSettings
 from asl.models.weights import trained_model
 
 # Of the squared weights, beside the mean loss of an image; docs/report.md says how it was chosen.
-DECAY = 0.01
+DECAY = 0.03
 STEPS = 100  # of L-BFGS, at most
 
 

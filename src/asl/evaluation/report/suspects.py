@@ -19,40 +19,42 @@ SHOWN = 100  # those whose labels fit worst
 def suspected(scores: Floats, targets: Labels) -> tuple[Rows, Rows, Array]:
     """Rows and columns of the cells whose label is likely wrong, and the quality of each label.
 
-    The quality, in [0, 1], is the score of what the label says: the score where it is present, one
-    minus the score where it is absent. The worst come first. A class without an annotated positive
-    or an annotated negative has none.
+    The quality, in [0, 1], is what `label_quality` says; the worst come first. A class without an
+    annotated positive or an annotated negative has none.
     """
     rows, columns, qualities = [], [], []
     column = 0
     for block_scores, block_targets in blocks(scores, targets, axis=1):
         for score, target in zip(block_scores, block_targets, strict=True):
-            wrong = np.flatnonzero(_likely_wrong(score.astype(np.float64), target))
+            quality, doubted = label_quality(score.astype(np.float64), target)
+            wrong = np.flatnonzero(doubted)
             rows.append(wrong)
             columns.append(np.full(len(wrong), column))
-            qualities.append(np.where(target == 1, score, 1 - score)[wrong].astype(np.float64))
+            qualities.append(quality[wrong])
             column += 1
     row, quality = np.concatenate(rows), np.concatenate(qualities)
     order = np.argsort(quality, kind="stable")
     return row[order], np.concatenate(columns)[order], quality[order]
 
 
-def _likely_wrong(score: Array, target: Labels) -> Mask:
-    """Where the other label is the more likely one, and as likely as where it was given.
+def label_quality(score: Array, target: Labels) -> tuple[Array, Mask]:
+    """How well the labels of a class fit its scores, (N,) in [0, 1], and which are likely wrong.
 
-    "As likely" is the mean score of the cells that have that label: the threshold of confident
-    learning, which a class has for each of its two labels. Where both labels are as likely as that,
-    and where one is, the likelier of those counts.
+    Each of the two labels has a threshold: the mean score, for that label, of the cells that have
+    it. A label is likely wrong where the other one is at its threshold and is the more likely. The
+    quality is the score of the label over that of both, after each was lowered by its threshold
+    (cleanlab's self-confidence with `adjust_pred_probs`): without that, the labels of rare and of
+    hard classes would all fit worst where they say "present".
     """
     present, absent = target == 1, target == 0
     if not present.any() or not absent.any():
-        return np.zeros(len(target), dtype=bool)
-    as_present = score >= score[present].mean()
-    as_absent = 1 - score >= (1 - score[absent]).mean()
-    likelier = score > 0.5
-    wrongly_absent: Mask = absent & as_present & likelier
-    wrongly_present: Mask = present & as_absent & (score < 0.5)
-    return wrongly_absent | wrongly_present
+        return np.ones(len(target)), np.zeros(len(target), dtype=bool)
+    threshold = score[present].mean(), (1 - score[absent]).mean()
+    likely = score >= threshold[0], 1 - score >= threshold[1]
+    doubted: Mask = (absent & likely[0] & (score > 0.5)) | (present & likely[1] & (score < 0.5))
+    as_present = score - threshold[0] + max(threshold)
+    as_absent = 1 - score - threshold[1] + max(threshold)
+    return np.where(present, as_present, as_absent) / (as_present + as_absent), doubted
 
 
 def gallery(scored: Scored, out_of_fold: Floats | None) -> Gallery:
