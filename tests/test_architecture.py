@@ -127,7 +127,12 @@ def test_importing_the_losses_loads_torch_and_nothing_else_that_is_heavy():
 
 
 @pytest.mark.parametrize(
-    "config", ["training.settings.TrainConfig", "evaluation.settings.InferConfig"]
+    "config",
+    [
+        "training.settings.TrainConfig",
+        "evaluation.settings.InferConfig",
+        "evaluation.settings.ExportConfig",
+    ],
 )
 def test_parsing_the_command_line_needs_no_torch(config):
     module, _, name = config.rpartition(".")

@@ -61,7 +61,9 @@ def options_in(text):
 def commands_in(text):
     """(script, arguments) of every call of a script, in blocks of code and between backticks."""
     text = text.replace("\\\n", " ")
-    return re.findall(r"python (?:\S*/)?(train|validate|infer|export)\.py([^`\n|;&]*)", text)
+    return re.findall(
+        r"python (?!bench/)(?:\S*/)?(train|validate|infer|export)\.py([^`\n|;&]*)", text
+    )
 
 
 @every_document
