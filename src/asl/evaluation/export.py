@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.functional import interpolate
 
-from asl.atomic import write_result
+from asl.atomic import check_result, write_result
 from asl.data.splits import read_split, split_name
 from asl.errors import DataError, UsageError
 from asl.evaluation.average import MeanScores
@@ -64,6 +64,7 @@ def export(config: ExportConfig) -> list[dict[str, Any]]:
     to_onnx = path.suffix.lower() == ".onnx"
     if not wanted.output:
         raise UsageError("name the file to write: --output FILE.onnx or FILE.pt2")
+    check_result(path)
     if to_onnx:
         check_packages()
     compute = DeviceSettings(device="cpu", amp="off")
