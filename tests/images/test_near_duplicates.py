@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter
 
+from asl.data.__main__ import main
 from asl.data.annotations import Annotations
 from asl.data.readers import read
 from asl.errors import DataError
@@ -105,6 +106,27 @@ def test_twins_of_a_report_are_named_from_the_root_of_the_split_that_is_scored(t
             **{"bits": 0, "labels": ["cat"], "other_labels": ["cat"]},
         }
     ]
+
+
+def test_the_summary_of_a_data_set_counts_names_and_draws_them(tmp_path, capsys):
+    pictures = {f"{n}.jpg": scene(n) for n in range(6)} | {"copy.png": scene(2, (80, 60))}
+    for name, picture in pictures.items():
+        picture.save(tmp_path / name)
+    for split, names in {"train": list(pictures)[:6], "val": ["copy.png"]}.items():
+        rows = "".join(f"{name},cat\n" for name in names)
+        (tmp_path / f"{split}.csv").write_text(f"path,labels\n{rows}")
+    main("table", tmp_path, output=tmp_path / "out", near_duplicates=True)
+    said = capsys.readouterr().out
+    picture = tmp_path / "out" / "table_near_duplicates.png"
+    assert said.endswith(
+        f"nearly equal images in different splits: 1\n"
+        f"  {tmp_path}/2.jpg ~ {tmp_path}/copy.png\n"
+        f"  the nearest         {picture}\n"
+    )
+    with Image.open(picture) as drawn:
+        assert drawn.width > 600
+    main("table", tmp_path, output=tmp_path / "out")
+    assert "nearly" not in capsys.readouterr().out
 
 
 def test_of_photographs_only_one_pair_of_two_hundred_is_nearly_the_same(voc_root):
