@@ -45,6 +45,7 @@ def report_contents(
     twins: Sequence[Twin] = (),
     comparison: Comparison | None = None,
     notes: Sequence[str] = (),
+    drawn: tuple[Tensor, Array] | None = None,
     resamples: int | None = None,
     seed: int = 0,
 ) -> Report:
@@ -55,7 +56,8 @@ def report_contents(
     there is no "f1". `files` are the N images, relative to the root of the data set, or none;
     with `objects`, those of these images and classes, there are figures by size. Label errors
     are suspected by `fold_scores` (N, C), of models that have not seen these labels, or else by
-    `scores`. Intervals come from `resamples` draws of the images (default: `number_of_resamples`).
+    `scores`. Intervals come from `resamples` draws of the images (default: `number_of_resamples`),
+    or are those `drawn` already by `draws`.
 
     Raises `ValueError` as `asl.metrics` does, and where `thresholds` are none or of other classes.
     """
@@ -63,24 +65,14 @@ def report_contents(
     names = [str(name) for name in classes]
     limits = _limits(thresholds, len(names))
     rule = "f1" if "f1" in limits else next(iter(limits))
-    counts = resample(len(scores), resamples or number_of_resamples(scores.size), seed)
-    ap_samples = resampled_ap(scores, targets, counts)
+    counts, ap_samples = drawn or draws(scores, targets, resamples, seed)
     rows = class_figures(scores, targets, names, limits, ap_samples)
     sizes = None if objects is None else objects.sizes(len(names))
     kinds = kinds_of_error(scores, targets, limits[rule], None if sizes is None else sizes == 1)
     curve, histogram, reliability = all_cells(scores, targets)
     scored = Scored(scores, targets, names, limits[rule], files, _outlines(objects, names))
     doubting = None if fold_scores is None else _numpy(fold_scores)
-    said = [
-        f"Intervals hold the middle {LEVEL} % of {counts.shape[1]} draws of the images with "
-        "replacement.",
-        f"An error is one at the threshold of the rule {rule}.",
-        f"A class with fewer than {FEW} positives is marked: its figures mean little.",
-    ]
-    if sizes is None:
-        said.append("Nothing is known of where objects are: no figures by size, no outlines.")
-    if len(names) > CURVES:
-        said.append(f"Only the {CURVES} classes with most positives have a curve.")
+    said = _said(counts.shape[1], rule, len(names), sizes is not None)
     return {
         "title": title,
         "protocol": protocol,
@@ -115,6 +107,29 @@ def _outlines(
         return [{"name": names[column], "polygons": polygons} for column, polygons in outlines]
 
     return of_image
+
+
+def _said(resamples: int, rule: str, classes: int, with_sizes: bool) -> list[str]:
+    """What a reader of the figures has to know."""
+    said = [
+        f"Intervals hold the middle {LEVEL} % of {resamples:,} draws of the images with "
+        "replacement.",
+        f"An error is one at the threshold of the rule {rule}.",
+        f"A class with fewer than {FEW} positives is marked: its figures mean little.",
+    ]
+    if not with_sizes:
+        said.append("Nothing is known of where objects are: no figures by size, no outlines.")
+    if classes > CURVES:
+        said.append(f"Only the {CURVES} classes with most positives have a curve.")
+    return said
+
+
+def draws(
+    scores: Floats, targets: Labels, resamples: int | None = None, seed: int = 0
+) -> tuple[Tensor, Array]:
+    """How often each image stands in each resample, (N, R), and the AP of each class there."""
+    counts = resample(len(scores), resamples or number_of_resamples(scores.size), seed)
+    return counts, resampled_ap(scores, targets, counts)
 
 
 def number_of_resamples(cells: int) -> int:
