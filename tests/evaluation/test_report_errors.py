@@ -97,6 +97,17 @@ def test_cells_that_are_not_annotated_are_no_errors_and_relate_nothing(scene):
         assert np.array_equal(one, other)
 
 
+def test_shares_are_of_the_images_in_which_the_class_is_annotated(scene):
+    scores, targets = scene
+    targets[3:20, CHAIR] = 0  # 3 chairs at 12 tables
+    targets[12:40, CHAIR] = -1  # of which nothing is known at 28 more
+    targets[92:120, HORSE] = -1  # 12 cows that are known to be no horses
+    scores[83:95, HORSE] = 0.0  # of which 3 look like one
+    beside, similar = related_classes(*scene)
+    assert beside[CHAIR, TABLE]
+    assert similar[HORSE, COW]
+
+
 @pytest.fixture
 def all_kinds(scene):
     """A table with errors of every kind, their number, and which cells are of small objects."""

@@ -34,12 +34,17 @@ CLASSES = [f"class {number}" for number in range(8)]
 
 @pytest.fixture(scope="module")
 def table():
-    """300 images of 8 classes with many ties and -1 cells; class 3 has no positive, 5 has one."""
+    """300 images of 8 classes with many ties and -1 cells; class 3 has no positive, 5 has one.
+
+    Class 6 has one negative, which a third of the resamples do not draw.
+    """
     rng = np.random.default_rng(0)
     targets = rng.choice([1, 0, -1], p=[0.2, 0.6, 0.2], size=(300, 8)).astype(np.int8)
     targets[targets[:, 3] == 1, 3] = 0
     targets[targets[:, 5] == 1, 5] = 0
     targets[7, 5] = 1
+    targets[targets[:, 6] == 0, 6] = -1
+    targets[9, 6] = 0
     scores = (0.35 * (targets == 1) + 0.6 * rng.random((300, 8))).astype(np.float32).round(2)
     return scores, targets
 

@@ -1,5 +1,6 @@
 """What is in a data set: `python -m asl.data DATASET DIR`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,10 +13,12 @@ from asl.data.duplicates import identical_files
 from asl.data.readers import read, splits
 from asl.data.settings import Dataset
 from asl.errors import reported
-from asl.evaluation.pictures import samples_picture
+from asl.evaluation.pictures import pairs_picture, samples_picture
+from asl.images.near_duplicates import near_duplicates as find_near_duplicates
 
 EXTREMES = 5  # classes named as the most frequent ones, and as the least frequent ones
-PAIRS = 3  # of identical images, named
+PAIRS = 3  # of identical or nearly equal images, named
+DRAWN = 12  # of them, drawn
 
 
 def main(
@@ -25,6 +28,7 @@ def main(
     image_folder: str | None = None,
     output: Path = Path("samples"),
     seed: int = 0,
+    near_duplicates: bool = False,
 ) -> None:
     """Count what a data set holds, look for its images, and draw twelve of them with their labels.
 
@@ -37,6 +41,7 @@ def main(
         image_folder: where the images are, from the data set's folder; default: as the layout says
         output: folder of the pictures
         seed: which twelve images
+        near_duplicates: also look for nearly equal images of different splits; decodes all
     """
     names = [split] if split else splits(dataset, folder)
     existing = []
@@ -55,6 +60,22 @@ def main(
         print(f"identical images in different splits: {len(pairs):,}")
         for original, copy in pairs[:PAIRS]:
             print(f"  {original} = {copy}")
+        if near_duplicates:
+            compare(existing, output / f"{dataset}_near_duplicates.png")
+
+
+def compare(existing: Sequence[Annotations], picture: Path) -> None:
+    """Count the nearly equal images of different splits, name some, and draw the nearest."""
+    pairs = [
+        (existing[pair.other_split].path(pair.other_row), existing[pair.split].path(pair.row))
+        for pair in find_near_duplicates(existing)
+    ]
+    print(f"nearly equal images in different splits: {len(pairs):,}")
+    for original, copy in pairs[:PAIRS]:
+        print(f"  {original} ~ {copy}")
+    if pairs:
+        pairs_picture(pairs[:DRAWN], picture)
+        print(f"  the nearest         {picture}")
 
 
 def describe(split: str, annotations: Annotations, exists: npt.NDArray[np.bool_]) -> str:

@@ -130,6 +130,20 @@ def samples_picture(annotations: Annotations, path: str | Path) -> None:
             axes.set_title(textwrap.fill(names, 34, max_lines=3), parse_math=False, size=9)
 
 
+def pairs_picture(pairs: Sequence[tuple[str, str]], path: str | Path) -> None:
+    """Draw pairs of image files (a dozen or so) side by side, with their names."""
+    columns = min(2, len(pairs))
+    rows = -(-len(pairs) // columns)
+    with _figure(6 * columns, 2.6 * rows, path, layout="constrained") as figure:
+        grid = figure.subplots(rows, 2 * columns, squeeze=False)
+        for axes in grid.flat:
+            axes.set_axis_off()
+        files = (file for pair in pairs for file in pair)
+        for file, axes in zip(files, grid.flat, strict=False):
+            axes.imshow(read_image(file).permute(1, 2, 0).numpy())
+            axes.set_title(textwrap.shorten(Path(file).name, 34), parse_math=False, size=9)
+
+
 def curves(history: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Draw the rows of metrics.jsonl over the epochs, one panel below the other.
 

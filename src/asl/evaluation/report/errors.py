@@ -23,7 +23,7 @@ MORE_OFTEN = 2.0  # times as often as in all images
 TAIL = 0.05  # share of the images without a class that are its most likely ones
 SIMILAR = 0.15  # share of a similar class's images that are among those
 FEWEST = 10  # images from which on two classes are compared
-RELATED = 1000  # classes that are compared with each other, those with most positives
+RELATED = 500  # classes that are compared with each other, those with most positives
 
 
 class Kind(NamedTuple):

@@ -13,48 +13,49 @@ from asl.evaluation.report.contents import Gallery
 from asl.evaluation.report.examples import Scored
 from asl.metrics import Floats, blocks
 
-SHOWN = 100  # those whose labels fit worst
+SHOWN = 100
 
 
 def suspected(scores: Floats, targets: Labels) -> tuple[Rows, Rows, Array]:
     """Rows and columns of the cells whose label is likely wrong, and the quality of each label.
 
-    The quality, in [0, 1], is what `label_quality` says; the worst come first. A class without an
-    annotated positive or an annotated negative has none.
+    The quality, in [0, 1], is the score of what the label says: the score where it is present, one
+    minus the score where it is absent. Labels that say "present" and "absent" come by turns, of
+    each the worst first: most cells are absent, and scores so much nearer to 0 than to 1 that one
+    order for both would show a single kind. A class without an annotated positive or an annotated
+    negative has none.
     """
-    rows, columns, qualities = [], [], []
+    cells = []
     column = 0
     for block_scores, block_targets in blocks(scores, targets, axis=1):
         for score, target in zip(block_scores, block_targets, strict=True):
-            quality, doubted = label_quality(score.astype(np.float64), target)
-            wrong = np.flatnonzero(doubted)
-            rows.append(wrong)
-            columns.append(np.full(len(wrong), column))
-            qualities.append(quality[wrong])
+            wrong = np.flatnonzero(likely_wrong(score.astype(np.float64), target))
+            quality = np.where(target == 1, score, 1 - score)[wrong]
+            cells.append((wrong, np.full(len(wrong), column), quality, target[wrong]))
             column += 1
-    row, quality = np.concatenate(rows), np.concatenate(qualities)
-    order = np.argsort(quality, kind="stable")
-    return row[order], np.concatenate(columns)[order], quality[order]
+    rows, columns, qualities, labels = map(np.concatenate, zip(*cells, strict=True))
+    turn = np.empty(len(rows), dtype=np.int64)
+    for label in (0, 1):
+        chosen = np.flatnonzero(labels == label)
+        worst_first = chosen[np.argsort(qualities[chosen], kind="stable")]
+        turn[worst_first] = np.arange(len(chosen))
+    order = np.lexsort((qualities, turn))
+    return rows[order], columns[order], qualities[order].astype(np.float64)
 
 
-def label_quality(score: Array, target: Labels) -> tuple[Array, Mask]:
-    """How well the labels of a class fit its scores, (N,) in [0, 1], and which are likely wrong.
+def likely_wrong(score: Array, target: Labels) -> Mask:
+    """Which labels of a class are likely wrong, of its N scores and labels.
 
     Each of the two labels has a threshold: the mean score, for that label, of the cells that have
-    it. A label is likely wrong where the other one is at its threshold and is the more likely. The
-    quality is the score of the label over that of both, after each was lowered by its threshold
-    (cleanlab's self-confidence with `adjust_pred_probs`): without that, the labels of rare and of
-    hard classes would all fit worst where they say "present".
+    it. A label is likely wrong where the other one is at its threshold and is the more likely.
     """
     present, absent = target == 1, target == 0
     if not present.any() or not absent.any():
-        return np.ones(len(target)), np.zeros(len(target), dtype=bool)
-    threshold = score[present].mean(), (1 - score[absent]).mean()
-    likely = score >= threshold[0], 1 - score >= threshold[1]
-    doubted: Mask = (absent & likely[0] & (score > 0.5)) | (present & likely[1] & (score < 0.5))
-    as_present = score - threshold[0] + max(threshold)
-    as_absent = 1 - score - threshold[1] + max(threshold)
-    return np.where(present, as_present, as_absent) / (as_present + as_absent), doubted
+        return np.zeros(len(target), dtype=bool)
+    as_present = score >= score[present].mean()
+    as_absent = 1 - score >= (1 - score[absent]).mean()
+    doubted: Mask = (absent & as_present & (score > 0.5)) | (present & as_absent & (score < 0.5))
+    return doubted
 
 
 def gallery(scored: Scored, out_of_fold: Floats | None) -> Gallery:
@@ -78,7 +79,8 @@ def gallery(scored: Scored, out_of_fold: Floats | None) -> Gallery:
     return {
         "key": "suspects",
         "title": "suspected label errors",
-        "explanation": f"{len(rows):,} labels that confident learning doubts, those that fit worst "
-        f"first, at most {SHOWN}. {source}",
+        "explanation": f"{len(rows):,} labels that confident learning doubts, at most {SHOWN} "
+        f"shown: those that say present and those that say absent by turns, of each those that fit "
+        f"worst first. {source}",
         "examples": examples,
     }
