@@ -24,7 +24,7 @@ OPTIONS = {
 
 RECIPES = {
     "recipe that is not there": ("train coco --config none.yaml", 2, "none.yaml"),
-    "recipe that is a folder": ("train coco --config coco", 2, "recipe coco"),
+    "recipe that is a folder": ("train coco --config coco", 2, "cannot read coco"),
     "empty recipe": ("train", 2, "DATA", put("recipe.yaml")),
     "recipe with a tab": ("train coco", 2, "is not YAML", add("recipe.yaml", "\tlr: 1\n")),
     "recipe with a key twice": (

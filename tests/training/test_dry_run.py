@@ -155,7 +155,7 @@ def test_images_that_cannot_be_read_are_found(settings, small_shapes, tmp_path, 
         said(settings, small_shapes, tmp_path)
 
 
-def _unreadable(path, max_pixels):
+def _unreadable(path, *settings):
     raise DataError(f"{path}: broken")
 
 
