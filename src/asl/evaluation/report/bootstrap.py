@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from asl.evaluation.report.arrays import Array, Labels, Mask, Rows
 from asl.evaluation.report.contents import Interval
@@ -35,11 +36,13 @@ def resampled_ap(scores: Floats, targets: Labels, counts: Tensor) -> Array:
     """
     ap = np.full((scores.shape[1], counts.shape[1]), np.nan)
     column = 0
-    for block_scores, block_targets in blocks(scores, targets, axis=1):
-        for score, target in zip(block_scores, block_targets, strict=True):
-            if (target == 1).any():
-                ap[column] = _ap_of_class(score, target, counts)
-            column += 1
+    with tqdm(total=scores.shape[1], desc="intervals", unit="class", leave=False) as bar:
+        for block_scores, block_targets in blocks(scores, targets, axis=1):
+            for score, target in zip(block_scores, block_targets, strict=True):
+                if (target == 1).any():
+                    ap[column] = _ap_of_class(score, target, counts)
+                column += 1
+                bar.update()
     return ap
 
 

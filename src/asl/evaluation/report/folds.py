@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from asl.data.annotations import Annotations
 from asl.errors import UsageError
@@ -54,7 +55,7 @@ def out_of_fold(features: Tensor, targets: Labels, folds: int, seed: int = 0) ->
         raise UsageError(f"folds is {folds}; of {len(features):,} images there can be 2 or more")
     fold = np.random.default_rng(seed).permutation(len(features)) % folds
     scores = np.empty(targets.shape, dtype=np.float32)
-    for number in range(folds):
+    for number in tqdm(range(folds), "folds", leave=False):
         held_out = torch.from_numpy(fold == number)
         fitted, label = features[~held_out].float(), torch.from_numpy(targets[fold != number])
         mean, deviation = fitted.mean(0), fitted.std(0).clamp(min=1e-6)
