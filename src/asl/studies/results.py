@@ -24,8 +24,10 @@ def publish(study: Study, trials: Sequence[Mapping[str, Any]], output: str | Pat
     of = f"{len(trials)} of {len([*study.plan.trials()])} trainings, {seconds / 60:,.0f} minutes"
     text = f"{table(study.plan, found)}\n\n{of}\n"
     path = Path(output, study.name)
-    record = {"study": study.name, "question": study.plan.question, "trials": list(trials)}
-    write_result(path.with_suffix(".json"), (json.dumps(record, indent=1) + "\n").encode())
+    about = json.dumps({"study": study.name, "question": study.plan.question})
+    lines = ",\n".join(json.dumps(trial) for trial in trials)  # one of each training
+    record = f'{about[:-1]}, "trials": [\n{lines}\n]}}\n'
+    write_result(path.with_suffix(".json"), record.encode())
     write_result(path.with_suffix(".md"), text.encode())
     panels: dict[str, dict[str, Sequence[float]]] = {}
     for row in found:
