@@ -7,7 +7,9 @@ import pytest
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
 
-@pytest.fixture(scope="session")
+# Not of the session: its driver ends when its pipe is closed, and loader workers that a later test
+# forks hold that open. A browser that outlived its module would wait for them for ever.
+@pytest.fixture(scope="module")
 def browser():
     """A Playwright `Browser` on the Chromium of this machine; where there is none, tests skip."""
     found = next(filter(None, map(shutil.which, CHROMIUM)), None)
