@@ -19,7 +19,7 @@ from asl.data.stratify import stratified_parts
 from asl.errors import DataError, UsageError
 from asl.evaluation.evaluate import evaluate
 from asl.models import create_model
-from asl.studies.on_features import OnFeatures
+from asl.studies.on_features import OnFeatures, scores_of
 from asl.studies.plan import StudyConfig, Trial, config_of, read_study
 from asl.studies.results import publish
 from asl.studies.tables import interval, rows, table
@@ -140,8 +140,10 @@ def test_a_learning_rate_is_chosen_where_val_is_not_seen(study_of, on_cpu):
     plan = "arms: {asl: {}, frozen_in: {lr: 1.0e-9}}\nseeds: 2\nrates: [1.0e-7, 1.0e-2]\n"
     study = study_of(plan, FEATURES)
     trainer = OnFeatures(study, on_cpu())
-    trainer._val = None, None  # whoever looks at it fails
     config = config_of(study, on_cpu(), Trial("asl", "", 1))
+    learned, _ = trainer._features(config.images)
+    trainer._val_set = None  # whoever looks at it fails
+    trainer._features = lambda images: (learned, None)
     train_set = read_split(config.data, "train")
     chosen = trainer._with_rate(config, Trial("asl", "", 1), train_set, np.arange(len(train_set)))
     assert chosen.step.lr == 1e-2
@@ -153,19 +155,24 @@ def test_folds_train_on_the_other_parts_of_the_training_split(study_of, on_cpu, 
     trainer = OnFeatures(study, on_cpu())
     train_set = read_split(config_of(study, on_cpu(), Trial("asl", "", 0)).data, "train")
     parts = stratified_parts(train_set, 4, seed=0)
-    seen = []
+    learned, measured = [], []
 
-    def scores(config, annotations, learned, features):
-        seen.append((learned, features))
-        return OnFeatures._scores(trainer, config, annotations, learned, features)
+    def trained(config, annotations, rows):
+        learned.append(rows)
+        return OnFeatures._trained(trainer, config, annotations, rows)
 
-    monkeypatch.setattr(trainer, "_scores", scores)
+    def scores(training, features):
+        measured.append(features)
+        return scores_of(training, features)
+
+    monkeypatch.setattr(trainer, "_trained", trained)
+    monkeypatch.setattr("asl.studies.on_features.scores_of", scores)
     for fold in range(4):
         trainer(Trial("asl", "", 0, fold))
-        learned, features = seen[-1]
-        assert (learned == np.flatnonzero(parts != fold)).all()
-        assert features.equal(trainer._val[1][parts == fold])
-    assert len(trainer._val[0]) == len(train_set)
+        assert (learned[-1] == np.flatnonzero(parts != fold)).all()
+        features = trainer._features(config_of(study, on_cpu(), Trial("asl", "", 0)).images)[1]
+        assert measured[-1].equal(features[parts == fold])
+    assert len(trainer._val_set) == len(train_set)
 
 
 def test_csl_on_features_estimates_its_prior_first(study_of, on_cpu, tmp_path):
@@ -188,10 +195,14 @@ def test_csl_on_features_estimates_its_prior_first(study_of, on_cpu, tmp_path):
     [
         ("arms: {asl: {gama_neg: 2}}", "arm 'asl': there is no setting 'gama_neg': did you mean"),
         ("arms: {asl: {seed: 2}}", "arm 'asl': seed is for the study itself to set"),
-        ("arms: {asl: {}}\nfolds: 3", "folds and rates are for studies on features"),
-        ("arms: {}", "arms is {}, but"),
+        ("arms: {asl: {}}\nfolds: 3", "folds is for studies on features"),
+        ("arms: {}", "a study compares arms or a grid"),
+        ("arms: {asl: {}}\ngrid: {clip: [0, 0.1]}", "a study compares arms or a grid"),
+        ("grid: {clip: []}", "grid.clip is [], but"),
+        ("grid: {clip: [0], lr: [1], gamma_neg: [1]}", "one or two settings"),
+        ("grid: {clip: [0, 2]}", "arm 'clip 2': clip is 2"),
         ("arms: {asl: {}}\nconditions: {few: {clip: 2}}", "condition 'few': clip is 2"),
-        ("seeds: 2", "arms is missing"),
+        ("seeds: 2", "a study compares arms or a grid"),
         ("arm: {asl: {}}", "there is no setting 'arm': did you mean arms?"),
     ],
 )

@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from asl.atomic import write_result
 from asl.errors import DataError
-from asl.evaluation.pictures import arms_picture
+from asl.evaluation.pictures import arms_picture, grid_picture
 from asl.studies.plan import Study
-from asl.studies.tables import rows, table
+from asl.studies.tables import cells_table, rows, table
 
 
 def publish(study: Study, trials: Sequence[Mapping[str, Any]], output: str | Path) -> str:
@@ -22,7 +23,10 @@ def publish(study: Study, trials: Sequence[Mapping[str, Any]], output: str | Pat
     found = rows(study.plan, trials)
     seconds = sum(trial["seconds"] for trial in trials)
     of = f"{len(trials)} of {len([*study.plan.trials()])} trainings, {seconds / 60:,.0f} minutes"
-    text = f"{table(study.plan, found)}\n\n{of}\n"
+    tables = [table(study.plan, found)]
+    if study.plan.cells:
+        tables.append(cells_table(study.plan, trials))
+    text = "\n\n".join([*tables, of]) + "\n"
     path = Path(output, study.name)
     about = json.dumps({"study": study.name, "question": study.plan.question})
     lines = ",\n".join(json.dumps(trial) for trial in trials)  # one of each training
@@ -33,5 +37,6 @@ def publish(study: Study, trials: Sequence[Mapping[str, Any]], output: str | Pat
     for row in found:
         title = ", ".join(filter(None, [row.condition, row.view]))
         panels.setdefault(title, {})[row.arm] = row.figures
-    arms_picture(panels, path.with_suffix(".png"))
+    draw = partial(grid_picture, grid=study.plan.grid) if study.plan.grid else arms_picture
+    draw(panels, path=path.with_suffix(".png"))
     return text

@@ -25,9 +25,10 @@ def run_study(study: Study, config: StudyConfig) -> list[Figures]:
     """Do what is missing of a study, and return the figures of all its trainings.
 
     Those of one are "arm", "condition", "seed", "fold", "lr", "mAP" (in percent, of the averaged
-    weights after the last epoch, by the name of the views), "seconds", and where they come from.
-    Each has a file in runs/studies/NAME; what is there, or in the results that are published, with
-    the same settings is not done again. With `tables` nothing is done at all.
+    weights after the last epoch, by the name of the views), "seconds", where they come from, and
+    "accuracy" and "cells" (`pulls`) where the plan asks for them. Each has a file in
+    runs/studies/NAME; what is there, or in the results that are published, with the same settings
+    is not done again. With `tables` nothing is done at all.
 
     Raises `UsageError` and `DataError` for what is wrong with the input.
     """
@@ -79,7 +80,9 @@ def _read(path: Path) -> Any:
 def _digest(study: Study, trial: Trial) -> str:
     """What the figures of other settings are told by."""
     settings = study.settings(trial.condition, trial.arm)
-    described = [settings, study.plan.folds, study.plan.rates, study.plan.views]
+    plan = study.plan
+    described: list[Any] = [settings, plan.folds, plan.rates, plan.views]
+    described += [name for name in ("one_label", "cells") if getattr(plan, name)]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -55,8 +55,9 @@ class LossSettings(Settings):
     classes and cells that are likely present (CSL)"""
     gamma_unann: Annotated[OptionalFloat, Field(ge=0)] = None
     """their focusing; default: that of the negatives"""
-    likelihood_topk: Annotated[int, Field(ge=0)] = 5
-    """selective: cells per image, on average, that count as likely present"""
+    likelihood_topk: Annotated[float, Field(ge=0)] = 5.0
+    """selective: cells per image, on average, that count as likely present; below 1: their share of
+    the cells that are not annotated"""
     prior_path: str = ""
     """selective: CSV of how frequent each class is (validate.py --estimate-prior), or the word
     estimate, to train a model that tells first"""
