@@ -321,11 +321,12 @@ def arms_picture(panels: Mapping[str, Mapping[str, Sequence[float]]], path: str 
     One panel for each title, all with one scale; arms from top to bottom as they come.
     """
     names = list(dict.fromkeys(name for arms in panels.values() for name in arms))
-    width = 2.2 + 3.4 * min(3, len(panels))
-    rows = -(-len(panels) // 3)
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
+    width = 2.2 + 3.4 * columns
+    rows = -(-len(panels) // columns)
     height = rows * (0.7 + 0.32 * len(names)) + 0.2
     with _figure(width, height, path, layout="constrained") as figure:
-        grid = figure.subplots(rows, min(3, len(panels)), sharex=True, sharey=True, squeeze=False)
+        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for axes in grid.flat[len(panels) :]:
             axes.set_axis_off()
         for axes, (title, arms) in zip(grid.flat, panels.items(), strict=False):
@@ -336,6 +337,7 @@ def arms_picture(panels: Mapping[str, Mapping[str, Sequence[float]]], path: str 
             axes.set_title(title, loc="left")
             axes.set(xlabel="mAP (%)", ylim=(len(names) - 0.5, -0.5))
             axes.set_yticks(range(len(names)), names)
+            axes.tick_params(labelbottom=True)
             axes.grid(visible=False, axis="y")
 
 

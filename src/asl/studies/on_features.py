@@ -1,6 +1,7 @@
 """Trainings of heads on features that are computed once: hundreds in an hour."""
 
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -33,6 +34,10 @@ from asl.training.step import Training
 HELD_OUT = 5  # one image in so many decides on the learning rate
 BATCH = 32  # images whose cells a loss is asked about together: some compare them
 Labels = npt.NDArray[np.int8]
+
+
+def _nothing(training: Training) -> None:
+    pass
 
 
 class OnFeatures:
@@ -89,17 +94,24 @@ class OnFeatures:
                 np.flatnonzero(parts == trial.fold),
             )
             val_set, val_features = val_set.subset(held_out), val_features[held_out]
-        config = self._with_rate(config, trial, train_set, rows)
-        training = self._trained(config, train_set, rows)
-        scores, targets = scores_of(training, val_features), val_set.dense()
-        figures: dict[str, Any] = {
-            "lr": config.step.lr,
-            "mAP": {"": mean_average_precision(scores, targets, protocol=protocol(val_set))},
-        }
-        if self._study.plan.one_label:
-            first = targets[np.arange(len(targets)), scores.argmax(dim=1).numpy()]
+        config, plan = self._with_rate(config, trial, train_set, rows), self._study.plan
+        targets, history = val_set.dense(), list[float]()
+
+        def record(training: Training) -> None:
+            if plan.history or training.epoch == config.step.epochs:
+                scores = scores_of(training, val_features)
+                reached = mean_average_precision(scores, targets, protocol=protocol(val_set))
+                history.append(reached)
+
+        training = self._trained(config, train_set, rows, record)
+        figures: dict[str, Any] = {"lr": config.step.lr, "mAP": {"": history[-1]}}
+        if plan.history:
+            figures["history"] = history
+        if plan.one_label:
+            likeliest = scores_of(training, val_features).argmax(dim=1).numpy()
+            first = targets[np.arange(len(targets)), likeliest]
             figures["accuracy"] = 100 * float((first == PRESENT).mean())
-        if self._study.plan.cells:
+        if plan.cells:
             known, features = self._known(config, train_set, rows)
             truth = train_set.subset(rows).dense()
             figures["cells"] = pulls(training, features, known.dense(), truth)
@@ -136,19 +148,30 @@ class OnFeatures:
         return known, self._features(config.images)[0][rows]
 
     def _trained(
-        self, config: TrainConfig, train_set: Annotations, rows: npt.NDArray[np.int64]
+        self,
+        config: TrainConfig,
+        train_set: Annotations,
+        rows: npt.NDArray[np.int64],
+        after_epoch: Callable[[Training], None] = _nothing,
     ) -> Training:
         """The training of a head on these rows, when it is over."""
         known, features = self._known(config, train_set, rows)
         if config.loss.prior_path != ESTIMATE:
-            return self._on(config, known, features)
+            return self._on(config, known, features, after_epoch)
         first = config.with_settings(unannotated="ignore", prior_path="")
-        prior = scores_of(self._on(first, known, features), features).mean(0)
+        prior = scores_of(self._on(first, known, features, _nothing), features).mean(0)
         with tempfile.NamedTemporaryFile(suffix=".csv") as file:
             write_prior(file.name, known.classes, prior)
-            return self._on(config.with_settings(prior_path=file.name), known, features)
+            second = config.with_settings(prior_path=file.name)
+            return self._on(second, known, features, after_epoch)
 
-    def _on(self, config: TrainConfig, known: Annotations, features: torch.Tensor) -> Training:
+    def _on(
+        self,
+        config: TrainConfig,
+        known: Annotations,
+        features: torch.Tensor,
+        after_epoch: Callable[[Training], None],
+    ) -> Training:
         batches = FeatureBatches(
             known,
             features,
@@ -164,6 +187,7 @@ class OnFeatures:
             for batch in batches.epoch(training.epoch):
                 training.step(batch.images.to(self._device), batch.targets.to(self._device))
             training.end_epoch()
+            after_epoch(training)
         return training
 
 

@@ -16,7 +16,7 @@ from asl.models.settings import DeviceSettings
 from asl.training.settings import LossSettings, TrainConfig
 
 VARIED = ("seed", "data", "model_path", "output", "resume", "overwrite")  # by the study itself
-ON_FEATURES = ("folds", "rates", "one_label", "cells")  # what heads alone can be asked
+ON_FEATURES = ("folds", "rates", "one_label", "cells", "history")  # what heads alone can be asked
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ class Plan(Settings):
     """only the images with exactly one label, and beside mAP how often it is ranked first"""
     cells: bool = False
     """also what the loss does to the training cells whose label was hidden or changed"""
+    history: bool = False
+    """also mAP after each epoch"""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -12,9 +12,14 @@ from asl.evaluation.pictures import arms_picture, grid_picture
 from asl.studies.plan import Study
 from asl.studies.tables import cells_table, rows, table
 
+PAGES = Path("docs", "studies")
+START, END = "<!-- table: written by study.py -->", "<!-- end -->"
+
 
 def publish(study: Study, trials: Sequence[Mapping[str, Any]], output: str | Path) -> str:
     """Write NAME.json, NAME.md and NAME.png into `output`, and return the table.
+
+    A page docs/studies/NAME.md of this folder gets the table too, between its two marks.
 
     Raises `DataError` where there is nothing yet, and `UsageError` where it cannot be written.
     """
@@ -33,6 +38,11 @@ def publish(study: Study, trials: Sequence[Mapping[str, Any]], output: str | Pat
     record = f'{about[:-1]}, "trials": [\n{lines}\n]}}\n'
     write_result(path.with_suffix(".json"), record.encode())
     write_result(path.with_suffix(".md"), text.encode())
+    page = PAGES / f"{study.name}.md"
+    if page.exists():
+        before, _, rest = page.read_text().partition(START)
+        after = rest.partition(END)[2]
+        write_result(page, f"{before}{START}\n{text}{END}{after}".encode())
     panels: dict[str, dict[str, Sequence[float]]] = {}
     for row in found:
         title = ", ".join(filter(None, [row.condition, row.view]))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def run_study(study: Study, config: StudyConfig) -> list[Figures]:
 
     Those of one are "arm", "condition", "seed", "fold", "lr", "mAP" (in percent, of the averaged
     weights after the last epoch, by the name of the views), "seconds", where they come from, and
-    "accuracy" and "cells" (`pulls`) where the plan asks for them. Each has a file in
+    "accuracy", "cells" (`pulls`) and "history" where the plan asks for them. Each has a file in
     runs/studies/NAME; what is there, or in the results that are published, with the same settings
     is not done again. With `tables` nothing is done at all.
 
@@ -48,12 +49,21 @@ def run_study(study: Study, config: StudyConfig) -> list[Figures]:
             "seconds": round(time.perf_counter() - started, 1),
             "settings": _digest(study, trial),
             **provenance(),
+            "command": _command(config),
         }
         write_result(RUNS / study.name / f"{trial.name}.json", json.dumps(figures).encode())
         done[trial.name] = figures
         views = ", ".join(f"{name} {x:.2f}".strip() for name, x in figures["mAP"].items())
         print(f"{number}/{len(missing)}  {trial.name}: {views}, {figures['seconds']} s", flush=True)
     return [done[trial.name] for trial in study.plan.trials()]
+
+
+def _command(config: StudyConfig) -> str:
+    """What anybody can run again: without the folders of this machine."""
+    wanted = config.study
+    command = ["python", "study.py", wanted.study, Path(wanted.data).name]
+    weights = ["--model-path", Path(wanted.model_path).name] if wanted.model_path else []
+    return shlex.join([*command, *weights])
 
 
 def _done(study: Study, config: StudyConfig) -> dict[str, Figures]:
@@ -82,7 +92,7 @@ def _digest(study: Study, trial: Trial) -> str:
     settings = study.settings(trial.condition, trial.arm)
     plan = study.plan
     described: list[Any] = [settings, plan.folds, plan.rates, plan.views]
-    described += [name for name in ("one_label", "cells") if getattr(plan, name)]
+    described += [name for name in ("one_label", "cells", "history") if getattr(plan, name)]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
 
 

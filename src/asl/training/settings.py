@@ -179,6 +179,8 @@ class RunSettings(Settings):
     """write a trace of a few steps to trace.json in the run folder"""
     patience: Annotated[OptionalInt, Field(ge=1)] = None
     """stop when the best mAP is this many epochs old"""
+    reference: str = ""
+    """print beside the mAP what runs like this one reached: a file of results/reference, by name"""
     print_freq: Annotated[int, Field(ge=1)] = 100
     """steps between looks at the loss, each a line in steps.jsonl"""
     tensorboard: bool = False
