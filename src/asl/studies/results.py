@@ -27,7 +27,8 @@ def publish(study: Study, trials: Sequence[Mapping[str, Any]], output: str | Pat
         raise DataError(f"study {study.name} has no figures yet: run it without --tables")
     found = rows(study.plan, trials)
     seconds = sum(trial["seconds"] for trial in trials)
-    of = f"{len(trials)} of {len([*study.plan.trials()])} trainings, {seconds / 60:,.0f} minutes"
+    of = f"{len(trials)} of {len([*study.plan.trials()])} trainings"
+    of += f", {seconds / 60:,.0f} minutes" * bool(seconds)
     tables = [table(study.plan, found)]
     if study.plan.cells:
         tables.append(cells_table(study.plan, trials))
