@@ -147,7 +147,7 @@ def test_the_page_of_a_study_gets_its_table(study_of, on_cpu, tmp_path):
 
 
 def test_the_pages_of_this_project_show_what_was_measured():
-    pages = sorted((ROOT / "docs" / "studies").glob("*.md"))
+    pages = sorted((ROOT / "docs" / "studies").glob("[a-z]*.md"))  # README.md lists them
     assert pages
     for page in pages:
         table_ = (ROOT / "results" / "studies" / page.name).read_text()
