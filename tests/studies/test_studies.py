@@ -169,6 +169,21 @@ def test_a_learning_rate_is_chosen_where_val_is_not_seen(study_of, on_cpu):
     assert chosen.step.seed == 1
 
 
+def test_a_rate_is_chosen_once_also_by_a_study_that_goes_on(study_of, on_cpu, monkeypatch):
+    one = "arms: {asl: {}}\nseeds: 1\nrates: [1.0e-3, 1.0e-2]\n"
+    [first] = run_study(study_of(one, FEATURES), on_cpu())
+    trained = []
+    on = OnFeatures._on
+
+    def counted(self, config, *more):
+        trained.append(config.step.lr)
+        return on(self, config, *more)
+
+    monkeypatch.setattr(OnFeatures, "_on", counted)
+    run_study(study_of(one.replace("1\nrates", "2\nrates"), FEATURES), on_cpu())
+    assert trained == [first["lr"]]
+
+
 def test_folds_train_on_the_other_parts_of_the_training_split(study_of, on_cpu, monkeypatch):
     study = study_of(f"{LOSSES}folds: 4\n", FEATURES)
     trainer = OnFeatures(study, on_cpu())

@@ -1,7 +1,7 @@
 """Trainings of heads on features that are computed once: hundreds in an hour."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -34,6 +34,7 @@ from asl.training.step import Training
 HELD_OUT = 5  # one image in so many decides on the learning rate
 BATCH = 32  # images whose cells a loss is asked about together: some compare them
 Labels = npt.NDArray[np.int8]
+Place = tuple[str, str, int | None]  # an arm in a condition, and the part that is held out
 
 
 def _nothing(training: Training) -> None:
@@ -41,9 +42,14 @@ def _nothing(training: Training) -> None:
 
 
 class OnFeatures:
-    """Trainings of heads on features that are computed once for each way to read the images."""
+    """Trainings of heads on features that are computed once for each way to read the images.
 
-    def __init__(self, study: Study, config: StudyConfig) -> None:
+    `rates` are the learning rates that were chosen already, by arm, condition and fold.
+    """
+
+    def __init__(
+        self, study: Study, config: StudyConfig, rates: Mapping[Place, float] | None = None
+    ) -> None:
         if not config.study.model_path:
             raise UsageError("features come from a trained backbone: name its file, --model-path")
         self._study, self._config = study, config
@@ -56,7 +62,7 @@ class OnFeatures:
         self._val_set = self._chosen(read_split(base.data, "val", classes=train_set.classes))
         if not study.plan.folds:
             check_apart(base.data, train_set, self._val_set)
-        self._rates: dict[tuple[str, str, int | None], float] = {}
+        self._rates = {**(rates or {})}
 
     def _labelled(self, labels: LabelSettings) -> Annotations:
         """The images to train on with all their labels."""

@@ -40,7 +40,8 @@ def run_study(study: Study, config: StudyConfig) -> list[Figures]:
         return [done[trial.name] for trial in study.plan.trials() if trial.name in done]
     missing = [trial for trial in study.plan.trials() if trial.name not in done]
     if missing:
-        train = (OnFeatures if study.on_features else EndToEnd)(study, config)
+        rates = {(x["arm"], x["condition"], x["fold"]): x["lr"] for x in done.values()}
+        train = OnFeatures(study, config, rates) if study.on_features else EndToEnd(study, config)
     for number, trial in enumerate(missing, start=1):
         started = time.perf_counter()
         figures = {
