@@ -1,11 +1,14 @@
 """`Annotations` against the same thing done with a dense table."""
 
+import tracemalloc
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 
-from asl.data.annotations import Annotations, without_missing
+from asl.data.annotations import Annotations, files_exist, without_missing
 from asl.errors import DataError
 
 N, C = 40, 7
@@ -95,6 +98,59 @@ def test_missing_files_are_an_error_or_left_out(on_disk):
     assert without_missing(there, "error") == (there, 0)
     with pytest.raises(DataError, match=r"1 of 1 images are missing: .* the right folder"):
         without_missing(listed(on_disk, "q.jpg"), "skip")
+
+
+def test_every_listed_file_is_found_in_folders_that_are_listed_in_parts(tmp_path, monkeypatch):
+    """Repeated rows, names that are the beginning of others, and more names than are held."""
+    monkeypatch.setattr("asl.data.annotations.AT_ONCE", 7)
+    names = [f"{folder}/{'x' * (i % 5)}{i}.jpg" for i in range(60) for folder in ("a", "a/b", "c")]
+    names += ["top.jpg", "none/1.jpg", "a/b", "c/a-name-longer-than-any-that-is-listed.jpg"]
+    listed_names = names[:-1]
+    for number, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        if number % 3 and name not in ("a/b", "none/1.jpg"):
+            (tmp_path / name).touch()
+    (tmp_path / "none").rmdir()
+    rows = np.random.default_rng(0).permutation(2 * len(listed_names)) % len(listed_names)
+    data = listed(tmp_path, *listed_names).subset(rows)
+    expected = [(tmp_path / name.decode()).exists() for name in data.files.tolist()]
+    assert 50 < sum(expected) < len(expected) - 50
+    assert files_exist(data).tolist() == expected
+
+
+def test_looking_for_files_takes_little_memory(tmp_path):
+    """Python's names of a folder would take 95 bytes each, and a set of them more at its peak."""
+    count = 30_000
+    for number in range(count):
+        (tmp_path / f"{number:016x}.jpg").touch()
+    data = listed(tmp_path, *(f"{number:016x}.jpg" for number in range(count)))
+    files_exist(data)
+    tracemalloc.start()
+    with patch("asl.data.annotations.AT_ONCE", 1000):
+        assert files_exist(data).all()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40 * count
+
+
+def look(rank, init, queue):
+    """What a rank says of two files, of which its own folder may have one."""
+    torch.distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
+    data = listed(Path(init.removeprefix("file://")).parent / str(rank), "a.jpg", "b.jpg")
+    left = without_missing(data, "skip")[0].files.tolist()
+    try:
+        without_missing(data, "error")
+    except DataError as error:
+        queue.put((rank, left, str(error)))
+    torch.distributed.destroy_process_group()
+
+
+def test_one_rank_looks_for_the_files_and_tells_the_others(tmp_path, answers_of_two_ranks):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "a.jpg").touch()
+    answers = sorted(answers_of_two_ranks(look))
+    assert [left for _, left, _ in answers] == [[b"a.jpg"], [b"a.jpg"]]
+    assert ["1 of 2 images are missing" in said for _, _, said in answers] == [True, True]
 
 
 def test_an_extension_in_the_other_case_is_pointed_out(on_disk):

@@ -226,6 +226,18 @@ LAYOUTS = {
         "row 2, column cat: '2'",
         put("table.csv", "path,cat\n1.png,2\n"),
     ),
+    "table with soft labels for a loss that takes none": (
+        f"{TABLE} --loss hill",
+        2,
+        "loss hill takes no soft labels: choose asl, focal, bce",
+        put("table.csv", f"path,cat,split\n{PICTURE},0.5,train\n{PICTURE},1,val\n"),
+    ),
+    "table with soft labels to hide some of": (
+        f"{TABLE} --simulate-partial rps:0.5",
+        2,
+        "'rps:0.5' is for labels of 1 and 0, and these are soft",
+        put("table.csv", f"path,cat,split\n{PICTURE},0.5,train\n{PICTURE},1,val\n"),
+    ),
     "table with a column twice": (
         TABLE,
         1,

@@ -8,12 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from asl.data.annotations import PRESENT
 from asl.data.readers import read
 from asl.evaluation.evaluate import evaluate
 from asl.evaluation.predict import predict
+from asl.images.features import FeatureBatches
+from asl.images.loader import Batches
+from asl.images.settings import ImageSettings
 from asl.training.fit import fit
 
 CLASSES = ("bird", "boat", "cat")
@@ -103,6 +107,24 @@ def write_table(root):
     return root
 
 
+def write_folders(root):
+    for split, images in LABELS.items():
+        for i, names in enumerate(images):
+            draw(root / split / (names or CLASSES)[0] / f"{i}.png", i)
+    return root
+
+
+def write_soft_table(root):
+    lines = ["path;split;bird;boat;cat"]
+    for split, images in LABELS.items():
+        for i, names in enumerate(images):
+            marks = ["0,9" if name in names else "0,1" for name in CLASSES]
+            lines.append(f"img/{split}{i}.png;{split};{';'.join(marks)}")
+            draw(root / "img" / f"{split}{i}.png", i)
+    (root / "labels.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
 SMALL = {"image_size": 32, "batch_size": 2, "ema_decay": 0.5, "epochs": 1}
 SMALL_MODEL = {"image_size": 32, "batch_size": 2}
 
@@ -116,6 +138,8 @@ SMALL_MODEL = {"image_size": 32, "batch_size": 2}
         ("nus_wide", write_nus_wide),
         ("openimages", write_openimages),
         ("table", write_table),
+        ("table", write_soft_table),
+        ("folders", write_folders),
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__.removeprefix("write_"),
 )
@@ -130,6 +154,17 @@ def test_a_tree_in_the_real_layout_trains_for_two_steps_and_validates(
     assert [c["name"].removeprefix("/m/") for c in result["per_class"]] == list(CLASSES)
     assert result["evaluated_as"].startswith(f"{dataset}: ")
     assert result["protocol"] == ("partial" if dataset == "openimages" else "full")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_have_soft_targets_where_labels_are_soft(tmp_path, workers):
+    train = read("table", write_soft_table(tmp_path), "train")
+    settings = ImageSettings(image_size=32, batch_size=3, workers=workers)
+    expected = np.where([[c in names for c in CLASSES] for names in LABELS["train"]], 0.9, 0.1)
+    features = FeatureBatches(train, torch.zeros(4, 1), 3)
+    for batches in (Batches(train, settings), features):
+        targets = torch.cat([batch.targets for batch in batches.epoch(0)])
+        np.testing.assert_array_equal(targets.numpy(), expected.astype(np.float32))
 
 
 def test_class_descriptions_are_shown_in_place_of_ids(settings, measuring, labelling, tmp_path):

@@ -293,6 +293,8 @@ def write_all(root):
         "0000000000000001,cat,1\n0000000000000002,cat,1\n",
         "openimages/oidv6-classes-trainable.txt": "cat\n",
         "table/train.csv": "path,labels\n1.jpg,cat\n2.jpg,cat\n",
+        "folders/train/cat/1.jpg": "",
+        "folders/train/cat/2.jpg": "",
     }.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)

@@ -48,6 +48,15 @@ def test_the_seed_decides_and_nothing_else(long_tailed):
     assert (first != other).any()
 
 
+def test_parts_of_given_shares_keep_rare_classes_in_each(long_tailed):
+    parts = stratified_parts(long_tailed, (0.8, 0.2), seed=0)
+    table = long_tailed.dense() == 1
+    assert np.bincount(parts).tolist() == pytest.approx([802.4, 200.6], abs=6)
+    assert table[parts == 1, -1].sum() == 1  # of three
+    shares = table[parts == 1].sum(0)[:8] / table.sum(0)[:8]
+    assert (abs(shares - 0.2) < 0.06).all()
+
+
 def test_images_without_a_label_are_dealt_too():
     parts = stratified_parts(labelled([[0, 0]] * 7 + [[1, 0], [-1, -1]]), 3, seed=0)
     assert sorted(np.bincount(parts)) == [3, 3, 3]

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 
-from asl.data.readers.table import splits, table
+from asl.data.readers.table import read_table, splits, table
 from asl.errors import DataError, UsageError
 
 
@@ -57,7 +58,7 @@ def test_a_column_that_is_called_nearly_labels_is_pointed_out(tmp_path, name, ce
 def test_names_in_a_column_that_is_called_nearly_labels_are_pointed_out(tmp_path):
     hint = r"Names of classes belong in a column called labels$"
     path = write(tmp_path / "t.csv", "path,split,cat,tags\nx.jpg,train,1,0\ny.jpg,train,1,big\n")
-    with pytest.raises(DataError, match=rf"row 3, column tags: 'big' is not 1, .*\. {hint}"):
+    with pytest.raises(DataError, match=rf"row 3, column tags: 'big' is not from 0 .*\. {hint}"):
         table(path, "train")
     frame = pl.DataFrame({"path": ["x"], "cat": [1], "tags": [["a", "b"]]})
     frame.write_parquet(tmp_path / "t.parquet")
@@ -125,6 +126,70 @@ def test_parquet_is_read_like_csv(tmp_path, labels):
     frame = pl.DataFrame({"image": ["x.jpg", "y.jpg"], "labels": [labels, None], "split": "train"})
     frame.write_parquet(tmp_path / "t.parquet")
     assert rows(table(tmp_path, "train")) == {"x.jpg": [1, 1], "y.jpg": [0, 0]}
+
+
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_semicolons_and_tabs_may_stand_between_cells(tmp_path, mark):
+    text = "path,split,a,b\nx.jpg,train,1,0\ny.jpg,train,,-1\n"
+    name = "t.tsv" if mark == "\t" else "t.csv"
+    write(tmp_path / name, text.replace(",", mark))
+    assert splits(tmp_path) == ["train"]
+    assert rows(table(tmp_path, "train")) == {"x.jpg": [1, 0], "y.jpg": [-1, -1]}
+
+
+def test_the_delimiter_is_the_one_that_makes_a_column_of_paths(tmp_path):
+    path = write(tmp_path / "t.csv", "path,a;b;c,split\nx.jpg,1,train\n")
+    assert table(path, "train").classes == ("a;b;c",)
+    path = write(tmp_path / "t.csv", 'path;"a, b, c";split\nx.jpg;1;train\n')
+    assert table(path, "train").classes == ("a, b, c",)
+
+
+def test_soft_labels_are_trained_on_as_they_are_and_counted_from_a_half_on(tmp_path):
+    text = "path,split,a,b,c\nx.jpg,train,0.7,0,\ny.jpg,train,0.5,1,0.4\nz.jpg,val,1,1,0\n"
+    path = write(tmp_path / "t.csv", text)
+    data = table(path, "train")
+    assert data.soft
+    for part in (data, data.subset([1, 0]).subset([1, 0])):
+        np.testing.assert_array_equal(part.labels(0), np.float32([0.7, 0, -1]))
+        np.testing.assert_array_equal(part.labels(1), np.float32([0.5, 1, 0.4]))
+        assert part.dense().tolist() == part.hard().dense().tolist() == [[1, 0, -1], [1, 1, 0]]
+        assert [part.counts(value).tolist() for value in (1, 0, -1)] == [
+            *([2, 1, 0], [0, 1, 1], [0, 0, 1])
+        ]
+        assert part.present(1).tolist() == [0, 1]
+    picked = data.with_classes([2, 0], ["C", "A"])
+    np.testing.assert_array_equal(picked.labels(1), np.float32([0.4, 0.5]))
+    assert not table(path, "val").soft
+    assert table(path, "val").labels(0).dtype == np.int8
+
+
+@pytest.mark.parametrize("row", ["x;0,25;train", "x;.25;train", "x;2.5e-1;train"])
+def test_numbers_may_be_written_as_spreadsheets_do(tmp_path, row):
+    path = write(tmp_path / "t.csv", f"path;a;split\n{row}\n")
+    assert table(path, "train").labels(0).tolist() == [0.25]
+
+
+def test_a_table_of_soft_labels_goes_beside_one_of_hard_ones(tmp_path):
+    write(tmp_path / "train.csv", "path,cat,dog\na.jpg,1,0.5\n")
+    write(tmp_path / "val.csv", "path,dog,ant\na.jpg,1,0\n")
+    assert table(tmp_path, "train").labels(0).tolist() == [1, 0.5, -1]
+    assert table(tmp_path, "val").labels(0).tolist() == [-1, 1, 0]
+
+
+def test_the_splits_are_looked_up_without_reading_the_labels(tmp_path, monkeypatch):
+    path = write(tmp_path / "t.csv", "path;labels;split\na.jpg;cat|dog;train\n\nb.jpg;;val\n")
+    pl.read_csv(path, separator=";").write_parquet(tmp_path / "t.parquet")
+    columns = []
+
+    def noted(path, only=None):
+        found = read_table(path, only)
+        columns.append(found.cells.columns)
+        return found
+
+    monkeypatch.setattr("asl.data.readers.table.read_table", noted)
+    for file in (path, tmp_path / "t.parquet"):
+        assert splits(file) == ["train", "val"]
+    assert columns == [["split"], ["split"]]
 
 
 def test_parquet_columns_may_be_of_any_number_type(tmp_path):
@@ -200,10 +265,12 @@ def test_an_absolute_path_inside_the_folder_is_taken(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("path,cat\na.jpg,1\nb.jpg,2\n", "row 3, column cat: '2' is not 1, 0, -1 or empty"),
-        ("path,cat\na.jpg,1\nb.jpg,yes\n", "row 3, column cat: 'yes' is not 1, 0, -1 or empty"),
+        ("path,cat\na.jpg,1\nb.jpg,2\n", "row 3, column cat: '2' is not from 0 to 1, -1 or empty"),
+        ("path,cat\na.jpg,1\nb.jpg,yes\n", "row 3, column cat: 'yes' is not from 0 to 1, -1 or e"),
         ("path,cat\na.jpg,nan\n", "row 2, column cat: 'nan' is not"),
-        ("path,cat\na.jpg,0.5\n", "row 2, column cat: '0.5' is not"),
+        ("path,cat\na.jpg,-0.5\n", "row 2, column cat: '-0.5' is not"),
+        ("path;cat\na.jpg;0,5\nb.jpg;1,5\n", "row 3, column cat: '1,5' is not"),
+        ("path;cat\na.jpg;1\nb.jpg;1;0\n", "row 3 has 3 cells, not 2"),
         ("path,cat\na.jpg,1\n\nb.jpg,1\n,1\n", "row 5, column path: a cell is empty"),
         ("path,cat,split\na.jpg,1,\n", "row 2, column split: a cell is empty"),
         ("path,cat,split\na.jpg,1,train\na.jpg,0,train\n", "row 3: 'a.jpg' is already at .*row 2"),
@@ -212,7 +279,7 @@ def test_an_absolute_path_inside_the_folder_is_taken(tmp_path):
         ("path,cat,split\n/etc/a.jpg,1,train\n", "row 2: '/etc/a.jpg' is not a path inside"),
         ("path,split\na.jpg,train\n", "has no class: give it"),
         ("path,labels,split\na.jpg,,train\n", "has no class: give it names in `labels`"),
-        ("image_path;cat\na.jpg;1\n", "no column path or .* image, only: image_path;cat"),
+        ("image_path;cat\na.jpg;1\n", "no column path or .* image, only: image_path, cat$"),
         ("path,cat\na.jpg,1\nb.jpg,1,0\n", "row 3 has 3 cells, not 2"),
         ('path,cat\na.jpg,1\n"b.jpg,1\n', "line 3: unexpected end of data"),
         ('"path,cat\na.jpg,1\n"', r"the name of a column has several lines: 'path,cat\\na"),

@@ -254,7 +254,7 @@ def test_a_report_with_folds_twins_and_a_comparison(small_shapes, checkpoint, me
     shutil.copy(original, copy)
     evaluate(measuring(root, checkpoint, report=str(tmp_path / "a")))
     config = measuring(
-        root, checkpoint, report=str(tmp_path / "b"), compare=str(tmp_path / "a"), folds=4
+        root, checkpoint, report=str(tmp_path / "b"), compare=str(tmp_path / "a"), report_folds=4
     )
     evaluate(config)
     first, second = (written(tmp_path / each) for each in "ab")
@@ -274,7 +274,7 @@ def test_a_report_with_folds_twins_and_a_comparison(small_shapes, checkpoint, me
     assert any("were not looked for" in note for note in written(tmp_path / "c")["notes"])
 
 
-@pytest.mark.parametrize("option", [{"compare": "other"}, {"folds": 5}])
+@pytest.mark.parametrize("option", [{"compare": "other"}, {"report_folds": 5}])
 def test_a_comparison_and_folds_need_a_report(measuring, option):
     with pytest.raises(UsageError, match=r"is for a report: give --report DIR too"):
         measuring("x", "no.pt", **option)

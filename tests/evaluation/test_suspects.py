@@ -58,7 +58,7 @@ def test_the_gallery_shows_the_models_own_scores_and_says_whose_doubt_it_is(nois
     scores, targets = noisy
     scored = Scored(scores, targets, list("abcde"), np.full(5, 0.5))
     own, other = gallery(scored, None), gallery(scored, 1 - scores)
-    assert "--folds" in own["explanation"]
+    assert "--report-folds" in own["explanation"]
     assert "has seen" in other["explanation"]
     rows, columns, quality = suspected(1 - scores, targets)
     first = other["examples"][0]

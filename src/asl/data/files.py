@@ -11,6 +11,9 @@ import numpy.typing as npt
 
 from asl.errors import DataError, UsageError
 
+# A file of such a name may be an image; what it is, its content says.
+EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
+
 
 def not_found(path: Path) -> DataError:
     """The error for a file or folder that is missing: it says what is there instead."""
@@ -44,13 +47,13 @@ def read_lines(path: Path) -> list[str]:
     return _read_text(path).splitlines()
 
 
-def read_rows(path: Path) -> list[list[str]]:
+def read_rows(path: Path, delimiter: str = ",") -> list[list[str]]:
     """The rows of a CSV in UTF-8, each a list of cells; that of a blank line is empty.
 
     Raises `DataError` as `read_lines` does, and for quotes that do not match.
     """
     # The parser gets the text with its line breaks: those between quotes belong to a cell.
-    rows = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+    rows = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True, delimiter=delimiter)
     try:
         return list(rows)
     except csv.Error as error:

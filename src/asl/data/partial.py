@@ -29,6 +29,8 @@ def simulate(annotations: Annotations, scheme: str, seed: int) -> Annotations:
     name, colon, text = scheme.partition(":")
     if name not in _SCHEMES:
         raise UsageError(f"there is no simulation {scheme!r}: choose {SCHEMES}")
+    if annotations.soft:
+        raise UsageError(f"{scheme!r} is for labels of 1 and 0, and these are soft")
     act, allowed, wanted = _SCHEMES[name]
     try:
         amount = float(text) if colon else None
@@ -151,7 +153,7 @@ def _with_value(
     return _of_values(annotations, rows, values)
 
 
-def _of_values(annotations: Annotations, rows: Rows, values: npt.NDArray[np.int8]) -> Annotations:
+def _of_values(annotations: Annotations, rows: Rows, values: npt.NDArray[Any]) -> Annotations:
     a = annotations
     return Annotations.from_cells(a.root, a.files, a.classes, rows, a.indices, values, a.implied)
 

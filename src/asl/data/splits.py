@@ -55,13 +55,17 @@ def read_split(
         class_list=settings.class_list,
         val_share=settings.val_share,
         split_seed=settings.split_seed,
+        stratify=settings.stratify or None,
+        folds=settings.folds,
+        fold=settings.fold,
         image_folder=settings.image_folder,
     )
     if classes is not None:
         annotations = annotations.with_classes(match_classes(annotations.classes, classes), classes)
     annotations, skipped = without_missing(annotations, settings.missing_images)
     note = f" ({skipped:,} missing, skipped)" if skipped else ""
-    print(f"{split}: {len(annotations):,} images{note}, {annotations.num_classes} classes")
+    soft = ", soft labels" if annotations.soft else ""
+    print(f"{split}: {len(annotations):,} images{note}, {annotations.num_classes} classes{soft}")
     if labels.simulate_partial is not None:
         annotations = simulate(annotations, labels.simulate_partial, labels.partial_seed)
     return annotations

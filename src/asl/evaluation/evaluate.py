@@ -72,7 +72,7 @@ def evaluate(config: ValidateConfig) -> dict[str, Any]:
             _check_enough(dataset)
         names = display_names(wanted.class_descriptions, scorer.classes)
         scores = scorer.scores(dataset, "validation")
-        features = _features(config, dataset, device) if wanted.folds else None
+        features = _features(config, dataset, device) if wanted.report_folds else None
         if wanted.estimate_prior:
             images = read_split(config.data, "train", config.labels, classes=scorer.classes)
             estimate_prior(scorer, images, wanted.estimate_prior)
@@ -139,7 +139,7 @@ def _report(
     from asl.evaluation.report.build import build_report
     from asl.evaluation.report.folds import out_of_fold
 
-    targets, folds = dataset.dense(), config.evaluation.folds
+    targets, folds = dataset.dense(), config.evaluation.report_folds
     pairs, notes = _twins(config.data, dataset)
     rule = judge.rule or f"{judge.thresholds[0]:g} for all"
     build_report(

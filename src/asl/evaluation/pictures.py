@@ -125,7 +125,7 @@ def samples_picture(annotations: Annotations, path: str | Path) -> None:
             axes.set_axis_off()
         for index, axes in zip(range(len(annotations)), grid.flat, strict=False):
             axes.imshow(read_image(annotations.path(index)).permute(1, 2, 0).numpy())
-            present = np.flatnonzero(annotations.labels(index) == PRESENT)
+            present = annotations.present(index)
             names = ", ".join(annotations.classes[c] for c in present) or "(none)"
             axes.set_title(textwrap.fill(names, 34, max_lines=3), parse_math=False, size=9)
 

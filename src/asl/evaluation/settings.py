@@ -98,7 +98,7 @@ class MeasureSettings(ResultSettings):
     """write a page on these figures, with photographs, into this folder: index.html"""
     compare: str = ""
     """show the differences to another report on the same images: its folder or report.json"""
-    folds: Annotated[OptionalInt, Field(ge=2)] = None
+    report_folds: Annotated[OptionalInt, Field(ge=2)] = None
     """suspect labels in the report by linear heads on the features of the model, each fitted to all
     but one of so many parts of these images and asked about that one; default: by the model"""
     config: str = ""
@@ -112,7 +112,7 @@ class MeasureSettings(ResultSettings):
                 f"tune_thresholds is {rule!r}, but must be f1 or a precision above 0, up to 1: "
                 "precision:0.8"
             )
-        for name in ("compare", "folds"):
+        for name in ("compare", "report_folds"):
             if getattr(self, name) and not self.report:
                 raise UsageError(f"{name} is for a report: give --report DIR too")
         return self

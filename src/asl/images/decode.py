@@ -26,6 +26,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from asl.data.files import EXTENSIONS
 from asl.errors import DataError
 from asl.images.settings import MAX_PIXELS
 from asl.images.torch_private import decode_jpeg
@@ -47,8 +48,6 @@ FORMATS: dict[bytes, type[ImageFile]] = {
     b"II*\0": TiffImageFile,
     b"MM\0*": TiffImageFile,
 }
-# What a folder is searched for; a file that is named itself may have any name.
-EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
 
 
 # A file by its path or by its content, a picture of Pillow, or an array as Pillow takes it.

@@ -1,4 +1,4 @@
-"""From annotations to batches: uint8 images and int8 targets, in an order that can be resumed."""
+"""From annotations to batches: uint8 images and their targets, in an order that can be resumed."""
 
 import atexit
 import logging
@@ -35,7 +35,7 @@ log = logging.getLogger("asl")
 
 
 class Batch(NamedTuple):
-    """What a step takes: (B, 3, S, S) uint8 images and (B', C) int8 targets in {1, 0, -1}.
+    """What a step takes: (B, 3, S, S) uint8 images and (B', C) targets, those of `labels`.
 
     In place of images there may be (B, F) float32 features of them: see `features.FeatureBatches`.
 
@@ -108,6 +108,7 @@ class Batches:
             min(self._sampler.per_rank, len(annotations)),
             settings.image_size,
             annotations.num_classes,
+            targets=torch.float32 if annotations.soft else torch.int8,
             # To part the channels is a fifth of the work of reading.
             planar=policy != "none" or cache is not None,
             shared=workers > 0,

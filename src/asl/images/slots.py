@@ -31,22 +31,24 @@ class Slots:
         image_size: int,
         num_classes: int,
         *,
+        targets: torch.dtype = torch.int8,
         planar: bool,
         shared: bool,
     ) -> None:
         shape = (3, image_size, image_size) if planar else (image_size, image_size, 3)
         shapes = (count, batch_size, *shape), (count, batch_size, num_classes)
-        self.shared_bytes = sum(int(np.prod(each)) for each in shapes) if shared else 0
+        sizes = [int(np.prod(shapes[0])), int(np.prod(shapes[1])) * targets.itemsize]
+        self.shared_bytes = sum(sizes) if shared else 0
         _check_shared_memory(self.shared_bytes)
         self.images = _memory(torch.uint8, shapes[0], shared)
         if not planar:
             self.images = self.images.permute(0, 1, 4, 2, 3)
-        self.targets = _memory(torch.int8, shapes[1], shared)
+        self.targets = _memory(targets, shapes[1], shared)
 
     def batch(self, step: int, size: int) -> tuple[Tensor, Tensor]:
         """The images and targets of a step, of `size` samples: views that a later step overwrites.
 
-        (size, 3, S, S) uint8 and (size, C) int8.
+        (size, 3, S, S) uint8 and (size, C) of the type of `targets`.
         """
         slot = step % len(self.images)
         return self.images[slot, :size], self.targets[slot, :size]

@@ -44,7 +44,7 @@ from asl.training.log import Row, peak_memory_gb
 from asl.training.loss import create_loss
 from asl.training.memory import out_of_memory_explained
 from asl.training.run import Run, run_folder
-from asl.training.settings import ESTIMATE, TrainConfig
+from asl.training.settings import ESTIMATE, OF_CELLS, TrainConfig
 from asl.training.step import Training
 
 T = TypeVar("T")
@@ -201,6 +201,10 @@ def read_splits(
     _choose_algorithms(config.run.deterministic)
     train_set = read_split(config.data, "train", config.labels, write_cache=write_cache)
     _check_classes(config.model.num_classes, train_set)
+    if train_set.soft and config.loss.loss not in OF_CELLS:
+        raise UsageError(
+            f"loss {config.loss.loss} takes no soft labels: choose {', '.join(OF_CELLS)}"
+        )
     if config.loss.loss == "asl_single":
         check_one_label(train_set)
     val_set = read_split(config.data, "val", classes=train_set.classes, write_cache=write_cache)

@@ -22,9 +22,9 @@ _ASYMMETRY = {
     "asl_single": (4.0, 0.0, 0.0),  # that of the official class
 }
 # What some losses alone can be told.
-_OF_CELLS = ("asl", "focal", "bce")
+OF_CELLS = ("asl", "focal", "bce")
 _TAKEN_BY = {
-    **dict.fromkeys(["adaptive_gamma", "unannotated", "gamma_unann"], _OF_CELLS),
+    **dict.fromkeys(["adaptive_gamma", "unannotated", "gamma_unann"], OF_CELLS),
     "poly_epsilon": ("poly",),
     "hill_lamb": ("hill",),
     "splc_tau": ("splc",),
@@ -214,7 +214,7 @@ class TrainConfig(Config):
     def _check(self) -> Self:
         if self.model.pretrained and self.model.model_path:
             raise UsageError("model_path and pretrained both name weights to start from: drop one")
-        if (self.augment.mixup or self.augment.cutmix) and self.loss.loss not in _OF_CELLS:
+        if (self.augment.mixup or self.augment.cutmix) and self.loss.loss not in OF_CELLS:
             raise UsageError(
                 f"loss {self.loss.loss} takes no soft labels, and mixup and cutmix make such"
             )

@@ -11,7 +11,8 @@ from typing import Literal, NamedTuple
 
 from asl.data.annotations import PRESENT, Annotations
 from asl.data.cache import cached, fingerprint
-from asl.data.readers import coco, nus_wide, openimages, shapes, table, voc
+from asl.data.draw import Draw
+from asl.data.readers import coco, folders, nus_wide, openimages, shapes, table, voc
 from asl.errors import UsageError
 
 log = logging.getLogger("asl")
@@ -21,18 +22,22 @@ class Reader(NamedTuple):
     """What is known of a layout. Options have the names of the settings that they come from.
 
     `read(root, split, **options)` parses a split, `splits(root)` lists the existing ones, and
-    `sources(root, split, **options)` are the files that `read` parses and the folder of the images.
+    `sources(root, split, **options)` are the files that `read` parses and the folder of the images;
+    None where there are none, and `read` is as fast as a cache.
     `usual_splits` are pairs for training and validation, the preferred one first. A new `version`
     makes cached annotations out of date: `read` returns something else for the same files.
     """
 
     read: Callable[..., Annotations]
     splits: Callable[[Path], list[str]]
-    sources: Callable[..., Sequence[Path]]
+    sources: Callable[..., Sequence[Path]] | None
     usual_splits: tuple[tuple[str, str], ...]
     options: tuple[str, ...] = ()
     version: int = 1
 
+
+# The names that people give to splits of their own data.
+PAIRS = (("train", "val"), ("train", "valid"), ("train", "validation"), ("train", "test"))
 
 READERS: dict[str, Reader] = {
     "coco": Reader(
@@ -67,9 +72,16 @@ READERS: dict[str, Reader] = {
         table.table,
         table.splits,
         table.sources,
-        (("train", "val"), ("train", "valid"), ("train", "test")),
-        options=("image_folder", "val_share", "split_seed"),
-        version=2,
+        PAIRS,
+        options=("image_folder", *Draw._fields),
+        version=3,
+    ),
+    "folders": Reader(
+        folders.folders,
+        folders.splits,
+        None,
+        PAIRS,
+        options=Draw._fields,
     ),
     "shapes": Reader(
         shapes.shapes,
@@ -105,7 +117,7 @@ def read(
         known = ", ".join(reader.options) or "none"
         raise UsageError(f"data set {dataset} has no option {name!r}, only: {known}")
     parse = partial(reader.read, root, split, **options)
-    if cache_dir is None:
+    if cache_dir is None or reader.sources is None:
         annotations = parse()
     else:
         request = [dataset, str(root), split, options]

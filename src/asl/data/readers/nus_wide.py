@@ -17,7 +17,7 @@ import polars as pl
 
 from asl.data.annotations import PRESENT, Annotations
 from asl.data.files import image_names, no_split, not_found, read_lines
-from asl.data.readers.table import Table, annotations_of, read_table
+from asl.data.readers.table import Table, annotations_of, read_table, splits_in
 from asl.errors import DataError, UsageError
 
 ORIGINAL = {"train": "Train", "val": "Test"}  # what the zoo calls val is the original's test set
@@ -41,7 +41,7 @@ def splits(root: Path) -> list[str]:
     """The splits of the CSV, or those that have an image list."""
     path = _csv(root)
     if path:
-        return sorted(read_table(path).column("split_name").unique())
+        return splits_in(path, "split_name")
     lists = root / "ImageList"
     return [split for split, name in ORIGINAL.items() if (lists / f"{name}Imagelist.txt").is_file()]
 

@@ -1,11 +1,11 @@
 """A data set of the user's own: a CSV or Parquet table of image paths and labels.
 
-path,labels           or    path,cat,dog        1 present, 0 absent, -1 or empty not annotated
-a.jpg,cat|dog               a.jpg,1,1
+path,labels           or    path,cat,dog        1 present, 0 absent, -1 or empty not annotated,
+a.jpg,cat|dog               a.jpg,1,0.7         and between 0 and 1 how likely it is present
 b.jpg,                      b.jpg,0,
 """
 
-import hashlib
+import csv
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import islice
@@ -17,6 +17,7 @@ import polars as pl
 from polars.exceptions import PanicException, PolarsError
 
 from asl.data.annotations import ABSENT, PRESENT, UNANNOTATED, Annotations
+from asl.data.draw import DRAWN, Draw
 from asl.data.files import image_names, no_split, not_found, read_rows, unreadable
 from asl.errors import DataError
 
@@ -24,6 +25,7 @@ SPLIT_NAMES = ("train", "val", "valid", "test")  # a single table of such a name
 PATH_COLUMNS = ("path", "file", "file_name", "filename", "filepath", "image")
 # What people call a column that holds names of classes, in lower case; only "labels" is read so.
 LIKE_LABELS = ("label", "labels", "tag", "tags", "class", "classes")
+DELIMITERS = ",;\t"
 
 
 class Table(NamedTuple):
@@ -52,30 +54,38 @@ class Table(NamedTuple):
 
 
 def table(
-    root: Path, split: str, *, image_folder: str = "", val_share: float = 0.2, split_seed: int = 0
+    root: Path,
+    split: str,
+    *,
+    image_folder: str = "",
+    val_share: float | None = None,
+    split_seed: int | None = None,
+    stratify: bool = False,
+    folds: int | None = None,
+    fold: int | None = None,
 ) -> Annotations:
     """Read one split of a table, or of several in one folder.
 
-    `root` is a table (.csv in UTF-8, or .parquet) or a folder of tables. Each of several is the
-    split of its name, and so is one called train, val, valid or test. Any other may have a column
-    `split`; where it has none, every image is drawn for "val" with probability `val_share`, else
-    for "train". The draw depends on `split_seed` and the path alone: images that are added later do
-    not move the others.
+    `root` is a table (.csv or .tsv in UTF-8 with commas, semicolons or tabs between its cells, or
+    .parquet) or a folder of tables. Each of several is the split of its name, and so is one called
+    train, val, valid or test. Any other may have a column `split`; where it has none, the images of
+    "train" and "val" are drawn as `Draw` does with the other options.
 
     Paths stand in the column `path` (or another of `PATH_COLUMNS`), relative to `image_folder`,
     which itself is relative to the folder of the table. Labels are either names with "|" between
     them in the column `labels` (every cell annotated, classes in alphabetical order), or all other
-    columns are classes, with 1 present, 0 absent, and -1 or nothing for not annotated. Classes are
-    those of all splits together; where a table has no column for one, it is not annotated.
+    columns are classes, with 1 present, 0 absent, -1 or nothing for not annotated, and numbers
+    between 0 and 1 for soft labels. Classes are those of all splits together; where a table has no
+    column for one, it is not annotated.
 
     Raises `DataError` that names file, row (as spreadsheets count: the header is row 1) and column.
     """
     *paths, folder = sources(root, split, image_folder=image_folder)
     tables = _read_all(paths)
+    draw = Draw(val_share, split_seed, stratify, folds, fold)
     if "split" not in tables[0].cells.columns:
-        draws = (_draw(name, split_seed) for name in tables[0].cells["path"])
-        drawn = pl.Series("split", ["val" if draw < val_share else "train" for draw in draws])
-        tables = [tables[0]._replace(cells=tables[0].cells.with_columns(drawn))]
+        return draw.part(_whole(tables[0], root, folder), split, root)
+    draw.check_unused(root)
     return annotations_of(tables, split, root, folder)
 
 
@@ -86,23 +96,38 @@ def all_rows(path: Path) -> Annotations:
     """
     if not path.is_file():
         raise not_found(path)
-    whole = _read(path)
-    cells = whole.cells.with_columns(split=pl.lit("all"))
-    return annotations_of([whole._replace(cells=cells)], "all", path, path.parent)
+    return _whole(_read(path), path, path.parent)
+
+
+def _whole(table: Table, root: Path, folder: Path) -> Annotations:
+    cells = table.cells.with_columns(split=pl.lit("all"))
+    return annotations_of([table._replace(cells=cells)], "all", root, folder)
 
 
 def splits(root: Path) -> list[str]:
     """The splits of a table or folder of tables; "train" and "val" where they are to be drawn."""
     *paths, _ = sources(root, "")
-    tables = [table.cells for table in _read_all(paths)]
-    if "split" not in tables[0].columns:
-        return ["train", "val"]
-    return sorted({name for cells in tables for name in cells["split"].unique()})
+    if len(paths) > 1:
+        return sorted({path.stem for path in paths})
+    try:
+        return splits_in(paths[0], "split")
+    except DataError:  # it has no such column, or whoever reads it will say what is wrong with it
+        return [paths[0].stem] if paths[0].stem in SPLIT_NAMES else DRAWN
+
+
+def splits_in(path: Path, column: str) -> list[str]:
+    """The splits that a column of a table names; nothing but that column is read.
+
+    Raises `DataError` where the table has no such column.
+    """
+    return sorted(read_table(path, only=column).column(column).unique())
 
 
 def sources(root: Path, split: str, *, image_folder: str = "", **_: object) -> list[Path]:
     """The tables, and the folder of the images."""
-    paths = [root] if root.is_file() else sorted([*root.glob("*.csv"), *root.glob("*.parquet")])
+    kinds = ("*.csv", "*.tsv", "*.parquet")
+    found = sorted(path for kind in kinds for path in root.glob(kind))
+    paths = [root] if root.is_file() else found
     if not paths:
         raise not_found(root if root.suffix else root / "labels.csv")
     return [*paths, paths[0].parent / image_folder]
@@ -111,9 +136,9 @@ def sources(root: Path, split: str, *, image_folder: str = "", **_: object) -> l
 def annotations_of(tables: Sequence[Table], split: str, root: Path, folder: Path) -> Annotations:
     """The images of a split of `root`, which are in `folder`, with the classes of all tables.
 
-    The tables have the columns path and split (text) and labels (lists) or classes (Int8).
+    The tables have the columns path and split (text) and labels (lists) or classes (numbers).
     """
-    every = pl.concat([table.cells for table in tables], how="diagonal")
+    every = pl.concat([table.cells for table in tables], how="diagonal_relaxed")
     chosen = (every["split"] == split).arg_true()
     if chosen.is_empty():
         raise no_split(split, sorted(every["split"].unique()), root)
@@ -143,14 +168,14 @@ def annotations_of(tables: Sequence[Table], split: str, root: Path, folder: Path
     return Annotations.from_cells(folder, files, tuple(classes), rows, columns, values, implied)
 
 
-def read_table(path: Path) -> Table:
-    """A table; of a CSV, all columns are text, without the spaces around cells.
+def read_table(path: Path, only: str | None = None) -> Table:
+    """A table, or `only` one column of it; of a CSV, all are text, without spaces around cells.
 
     Raises `DataError` if the file cannot be read, or is neither a CSV in UTF-8 nor Parquet.
     """
     parquet = path.suffix == ".parquet"
     try:
-        cells = _read_parquet(path) if parquet else _read_csv(path)
+        cells = _read_parquet(path, only) if parquet else _read_csv(path, only)
     except OSError as error:
         raise unreadable(path, error) from error
     for name in cells.columns:
@@ -162,15 +187,19 @@ def read_table(path: Path) -> Table:
     return Table(path, cells[filled], filled + (1 if parquet else 2))
 
 
-def _read_csv(path: Path) -> pl.DataFrame:
+def _read_csv(path: Path, only: str | None) -> pl.DataFrame:
+    delimiter, names = _header(path)
+    columns = [number for number, name in enumerate(names) if name == only] if only else None
+    if columns == []:
+        raise DataError(f"{path} has no column {only}, only: {', '.join(names)}")
     try:
-        cells = pl.read_csv(path, infer_schema=False)
+        cells = pl.read_csv(path, infer_schema=False, separator=delimiter, columns=columns)
         # Of quoted names of columns, Polars leaves the quotes inside doubled.
         cells = cells.rename(lambda name: name.replace('""', '"').strip())
         return cells.with_columns(pl.all().str.strip_chars().replace("", None))
     except PolarsError as error:
         # Polars does not say where a CSV is wrong. This slow reader does.
-        header, *lines = read_rows(path) or [[]]
+        header, *lines = read_rows(path, delimiter) or [[]]
         for row, line in enumerate(lines, start=2):
             if len(line) > len(header):
                 message = f"{path}: row {row} has {len(line)} cells, not {len(header)}"
@@ -178,7 +207,21 @@ def _read_csv(path: Path) -> pl.DataFrame:
         raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
 
 
-def _read_parquet(path: Path) -> pl.DataFrame:
+def _header(path: Path) -> tuple[str, list[str]]:
+    """What stands between the cells of a CSV, and the names of its columns.
+
+    It is what makes a column of paths of the first line, else what makes the most columns of it.
+    """
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        line = file.readline().rstrip("\r\n")
+    headers = [
+        (mark, [name.strip() for name in next(csv.reader([line], delimiter=mark), [])])
+        for mark in DELIMITERS
+    ]
+    return max(headers, key=lambda each: (not {*PATH_COLUMNS}.isdisjoint(each[1]), len(each[1])))
+
+
+def _read_parquet(path: Path, only: str | None) -> pl.DataFrame:
     # Arrow reads it. Polars asks for as much memory as a damaged file says, and then the process
     # dies.
     from pyarrow import ArrowException
@@ -186,7 +229,11 @@ def _read_parquet(path: Path) -> pl.DataFrame:
 
     with path.open("rb") as file:
         try:
-            arrow = ParquetFile(file).read()
+            whole = ParquetFile(file)
+            names = whole.schema_arrow.names
+            if only is not None and only not in names:
+                raise DataError(f"{path} has no column {only}, only: {', '.join(names)}")
+            arrow = whole.read(None if only is None else [only])
             arrow.validate(full=True)
             return pl.DataFrame(arrow)
         except (ArrowException, OSError, UnicodeError, PolarsError, PanicException) as error:
@@ -210,7 +257,7 @@ def _read_all(paths: list[Path]) -> list[Table]:
 
 
 def _read(path: Path) -> Table:
-    """A table with the columns path, split if it has one, and labels (names) or classes (Int8)."""
+    """A table with the columns path, split if it has one, and labels or classes (numbers)."""
     table = read_table(path)
     images = table.column(*PATH_COLUMNS)
     keys = [images.alias("path")]
@@ -228,7 +275,7 @@ def _read(path: Path) -> Table:
 
 
 def _marks(column: pl.Series, table: Table) -> pl.Series:
-    """The column of a class: 1, 0, -1 or null, as Int8."""
+    """The column of a class: 1, 0, -1 or null, as Int8; as Float32 where labels are soft."""
     name = column.name
     if name.endswith("_duplicated_0"):  # Polars has renamed it
         name = name.removesuffix("_duplicated_0")
@@ -236,11 +283,13 @@ def _marks(column: pl.Series, table: Table) -> pl.Series:
     marks = column
     if not column.dtype.is_numeric():
         text = _text(column, table.path).str.to_lowercase()
-        marks = text.replace({"true": "1", "false": "0"})
+        # Spreadsheets that write semicolons between cells write commas in numbers.
+        marks = text.replace({"true": "1", "false": "0"}).str.replace(",", ".", literal=True)
     marks = marks.cast(pl.Float64, strict=False)
-    known = column.is_null() | marks.is_in([1.0, 0.0, -1.0]).fill_null(False)
-    _check(column, known, f"{{!r}} is not 1, 0, -1 or empty{_hint(name)}", table)
-    return marks.cast(pl.Int8)
+    hard = marks.is_in([1.0, 0.0, -1.0]).fill_null(False)
+    known = column.is_null() | hard | marks.is_between(0, 1).fill_null(False)
+    _check(column, known, f"{{!r}} is not from 0 to 1, -1 or empty{_hint(name)}", table)
+    return marks.cast(pl.Int8 if (hard | column.is_null()).all() else pl.Float32)
 
 
 def _check(column: pl.Series, good: pl.Series, message: str, table: Table) -> None:
@@ -270,9 +319,3 @@ def _names(labels: pl.Series, path: Path) -> pl.Series:
         labels = _text(labels, path).str.split("|")
     name = pl.element().str.strip_chars()
     return labels.fill_null([]).list.eval(name.filter(name != ""))
-
-
-def _draw(name: str, seed: int) -> float:
-    """A number in [0, 1) that depends on the name and the seed alone."""
-    digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64

@@ -64,7 +64,7 @@ def gallery(scored: Scored, out_of_fold: Floats | None) -> Gallery:
     rows, columns, quality = suspected(scores, scored.targets)
     source = (
         "The scores are the model's own: where it was trained on these labels it repeats them, and "
-        "few errors show (--folds 5 asks models that have not seen them)."
+        "few errors show (--report-folds 5 asks models that have not seen them)."
         if out_of_fold is None
         else "The scores are of linear heads on the model's features, each fitted to the other "
         "folds: none has seen the label that it doubts."

@@ -3,9 +3,7 @@
 import os
 from collections.abc import Sequence
 
-import numpy as np
-
-from asl.data.annotations import PRESENT, Annotations
+from asl.data.annotations import Annotations
 from asl.evaluation.report.contents import Twin
 from asl.images.near_duplicates import near_duplicates
 
@@ -37,5 +35,4 @@ def twins(splits: Sequence[Annotations], names: Sequence[str]) -> tuple[list[Twi
 
 
 def _labels(images: Annotations, row: int) -> list[str]:
-    present = np.flatnonzero(images.labels(row) == PRESENT)
-    return [images.classes[column] for column in present.tolist()]
+    return [images.classes[column] for column in images.present(row)]
