@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from PIL import Image
 
 from asl.data.__main__ import main
 from asl.data.annotations import Annotations
-from asl.data.duplicates import END, identical_files
+from asl.data.duplicates import END, Pair, identical_files
 from asl.errors import DataError
+from asl.evaluation.pictures import pairs_picture
 
 SOURCE = Path(__file__).parents[2] / "src"
 
@@ -31,10 +33,11 @@ def test_images_of_other_splits_with_the_same_content_are_paired(tmp_path):
     val = write(tmp_path / "val", d=b"22", e=b"99", f=b"333", g=b"22")
     test = write(tmp_path / "test", h=b"99", i=b"22")
     pairs = identical_files([train, val, test])
-    assert [(Path(a).name, Path(b).name) for a, b in pairs] == [
-        *[("b", "d"), ("c", "f"), ("b", "g"), ("e", "h"), ("b", "i")]
+    # d is b, f is c, g is b, h is e, and i is b
+    assert [pair[:4] for pair in pairs] == [
+        *[(1, 0, 0, 1), (1, 2, 0, 2), (1, 3, 0, 1), (2, 0, 1, 1), (2, 1, 0, 1)]
     ]
-    assert identical_files([train, test]) == [(str(tmp_path / "train/b"), str(tmp_path / "test/i"))]
+    assert identical_files([train, test]) == [Pair(1, 1, 0, 1)]
 
 
 @pytest.mark.parametrize("place", [0, END - 1, END, 3 * END, -END - 1, -END, -1])
@@ -124,10 +127,47 @@ def test_the_official_archive_is_counted_drawn_and_compared(coco, tmp_path):
     assert compared.splitlines() == [
         "identical images in different splits: 1",
         f"  {coco}/train2014/2.png = {coco}/val2014/1.png",
+        f"  picture             {tmp_path}/coco_identical.png",
     ]
-    for split in ("train2014", "val2014"):
+    for split in ("train2014", "val2014", "identical"):
         with Image.open(tmp_path / f"coco_{split}.png") as picture:
             assert picture.width > 300
+
+
+def test_files_of_several_splits_are_counted_by_name(tmp_path, capsys):
+    write(tmp_path, **{f"{number}.jpg": bytes([number]) for number in range(3)})
+    for split, numbers in {"train": "01", "trainval": "012", "val": "2"}.items():
+        rows = "".join(f"{number}.jpg,cat\n" for number in numbers)
+        (tmp_path / f"{split}.csv").write_text(f"path,labels\n{rows}")
+    with patch("asl.data.__main__.samples_picture"):
+        main("table", tmp_path)
+    said = capsys.readouterr().out.split("\n\n")[-1]
+    assert said.splitlines() == [
+        "files in both train and trainval: 2",
+        "files in both trainval and val: 1",
+        "identical images in different splits: 0",
+    ]
+
+
+def test_a_picture_of_pairs_says_which_labels_differ(tmp_path):
+    """Three pairs, of which the second has other labels in the other split."""
+    names = np.array([b"a.png", b"b.png", b"c.png"])
+    for name in names.tolist():
+        Image.fromarray(np.zeros((30, 40, 3), dtype=np.uint8)).save(tmp_path / name.decode())
+    train, val = (
+        Annotations.from_cells(tmp_path, names, ("cat", "dog"), range(3), columns, 1)
+        for columns in ([0, 0, 1], [0, 1, 1])
+    )
+    drawn = []
+    with patch("matplotlib.axes.Axes.set_title", autospec=True) as titled:
+        pairs = [Pair(1, row, 0, row) for row in range(3)]
+        pairs_picture(pairs, ["train", "val"], [train, val], tmp_path / "pairs.png")
+        drawn = [(call.args[1], call.kwargs["color"]) for call in titled.call_args_list]
+    assert [text for text, _ in drawn[2:4]] == ["train: b.png\ncat", "val: b.png\ndog"]
+    colors = [color for _, color in drawn]
+    assert colors[0] == colors[1] == colors[4] == colors[5] != colors[2] == colors[3]
+    with Image.open(tmp_path / "pairs.png") as picture:
+        assert picture.width > 600
 
 
 def test_a_single_split_is_compared_with_none(coco, tmp_path, capsys):

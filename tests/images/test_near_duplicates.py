@@ -121,7 +121,7 @@ def test_the_summary_of_a_data_set_counts_names_and_draws_them(tmp_path, capsys)
     assert said.endswith(
         f"nearly equal images in different splits: 1\n"
         f"  {tmp_path}/2.jpg ~ {tmp_path}/copy.png\n"
-        f"  the nearest         {picture}\n"
+        f"  picture             {picture}\n"
     )
     with Image.open(picture) as drawn:
         assert drawn.width > 600

@@ -1,6 +1,7 @@
 """What is in a data set: `python -m asl.data DATASET DIR`."""
 
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import numpy.typing as npt
 import tyro
 
 from asl.data.annotations import ABSENT, PRESENT, UNANNOTATED, Annotations, files_exist
-from asl.data.duplicates import identical_files
+from asl.data.duplicates import Pair, identical_files, in_both
 from asl.data.readers import read, splits
 from asl.data.settings import Dataset
 from asl.errors import reported
@@ -18,7 +19,7 @@ from asl.images.near_duplicates import near_duplicates as find_near_duplicates
 
 EXTREMES = 5  # classes named as the most frequent ones, and as the least frequent ones
 PAIRS = 3  # of identical or nearly equal images, named
-DRAWN = 12  # of them, drawn
+DRAWN = 12  # of them, drawn; and samples of a split
 
 
 def main(
@@ -32,7 +33,8 @@ def main(
 ) -> None:
     """Count what a data set holds, look for its images, and draw twelve of them with their labels.
 
-    Then compare the images of different splits: those with the same content are counted and named.
+    Then find the images that stand in several splits: by their names, by the content of their
+    files, and if wanted by what they look like. They are counted, and some are named and drawn.
 
     Args:
         dataset: its layout (DATASETS.md)
@@ -51,31 +53,37 @@ def main(
         print(describe(name, annotations, exists))
         existing.append(annotations.subset(exists))
         if exists.any():
-            chosen = np.random.default_rng(seed).permutation(len(existing[-1]))[:12]
+            chosen = np.random.default_rng(seed).permutation(len(existing[-1]))[:DRAWN]
             picture = output / f"{dataset}_{name}.png"
             samples_picture(existing[-1].subset(chosen), picture)
             print(f"  samples             {picture}\n")
     if len(names) > 1:
-        pairs = identical_files(existing)
-        print(f"identical images in different splits: {len(pairs):,}")
-        for original, copy in pairs[:PAIRS]:
-            print(f"  {original} = {copy}")
+        for one, other in combinations(range(len(names)), 2):
+            shared = np.count_nonzero(in_both(existing[one], existing[other]))
+            if shared:
+                print(f"files in both {names[one]} and {names[other]}: {shared:,}")
+        print(f"identical images in different splits: {len(pairs := identical_files(existing)):,}")
+        show_pairs(pairs, "=", names, existing, output / f"{dataset}_identical.png")
         if near_duplicates:
-            compare(existing, output / f"{dataset}_near_duplicates.png")
+            pairs = find_near_duplicates(existing)
+            print(f"nearly equal images in different splits: {len(pairs):,}")
+            show_pairs(pairs, "~", names, existing, output / f"{dataset}_near_duplicates.png")
 
 
-def compare(existing: Sequence[Annotations], picture: Path) -> None:
-    """Count the nearly equal images of different splits, name some, and draw the nearest."""
-    pairs = [
-        (existing[pair.other_split].path(pair.other_row), existing[pair.split].path(pair.row))
-        for pair in find_near_duplicates(existing)
-    ]
-    print(f"nearly equal images in different splits: {len(pairs):,}")
-    for original, copy in pairs[:PAIRS]:
-        print(f"  {original} ~ {copy}")
+def show_pairs(
+    pairs: Sequence[Pair],
+    sign: str,
+    names: Sequence[str],
+    splits: Sequence[Annotations],
+    picture: Path,
+) -> None:
+    """Name the first pairs of images of different splits, and draw some more."""
+    for pair in pairs[:PAIRS]:
+        original = splits[pair.other_split].path(pair.other_row)
+        print(f"  {original} {sign} {splits[pair.split].path(pair.row)}")
     if pairs:
-        pairs_picture(pairs[:DRAWN], picture)
-        print(f"  the nearest         {picture}")
+        pairs_picture(pairs[:DRAWN], names, splits, picture)
+        print(f"  picture             {picture}")
 
 
 def describe(split: str, annotations: Annotations, exists: npt.NDArray[np.bool_]) -> str:

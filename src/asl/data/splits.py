@@ -1,16 +1,15 @@
 """The splits that a model is trained and validated on, as the settings say."""
 
 import logging
-import os
 from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from asl.data.annotations import PRESENT, UNANNOTATED, Annotations, without_missing
 from asl.data.cache import cache_folder
 from asl.data.classes import match_classes
+from asl.data.duplicates import in_both
 from asl.data.partial import simulate
 from asl.data.readers import default_split, read
 from asl.data.settings import DataSettings, LabelSettings
@@ -93,7 +92,7 @@ def check_apart(settings: DataSettings, train: Annotations, val: Annotations) ->
             "mAP will be that of the training images: both splits are %s", settings.val_split
         )
         return
-    shared = np.flatnonzero(_in_both(val, train))
+    shared = np.flatnonzero(in_both(val, train))
     if len(shared):
         raise DataError(
             f"{len(shared):,} of {len(val):,} validation images are training images too, the first "
@@ -120,23 +119,3 @@ def check_one_label(annotations: Annotations) -> None:
             f"{len(annotations):,} have another number, the first is {annotations.path(wrong[0])} "
             f"with {labels[wrong[0]]}"
         )
-
-
-def _in_both(val: Annotations, train: Annotations) -> npt.NDArray[np.bool_]:
-    """Which files of `val` are files of `train` too: (N,) bool, by their paths.
-
-    Links are followed to the roots, not below them. Costs 2 s for 125,000 and 1.7 million files.
-    """
-    val_root, train_root = (os.path.realpath(each.root) for each in (val, train))
-    above = os.path.commonpath([val_root, train_root])
-    if above not in (val_root, train_root):  # no name is in both, as in train2014/ and val2014/
-        return np.zeros(len(val), dtype=bool)
-    names = _names_from(above, val_root, val.files)
-    others = _names_from(above, train_root, train.files)
-    return np.isin(names, others, assume_unique=True)  # a split has each file once
-
-
-def _names_from(above: str, root: str, files: npt.NDArray[np.bytes_]) -> npt.NDArray[np.bytes_]:
-    """The files under `root` as paths from `above`."""
-    inner = os.path.relpath(root, above)
-    return files if inner == "." else np.char.add(os.fsencode(inner) + b"/", files)

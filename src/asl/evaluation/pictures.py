@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from asl.atomic import write_result
 from asl.data.annotations import PRESENT, Annotations
+from asl.data.duplicates import Pair
 from asl.evaluation.text import MAX_CLASSES_IN_FULL, percent, rank_correlation
 from asl.images.decode import read_image
 from asl.losses import AsymmetricLoss, PartialSelectiveLoss
@@ -125,23 +126,39 @@ def samples_picture(annotations: Annotations, path: str | Path) -> None:
             axes.set_axis_off()
         for index, axes in zip(range(len(annotations)), grid.flat, strict=False):
             axes.imshow(read_image(annotations.path(index)).permute(1, 2, 0).numpy())
-            present = annotations.present(index)
-            names = ", ".join(annotations.classes[c] for c in present) or "(none)"
-            axes.set_title(textwrap.fill(names, 34, max_lines=3), parse_math=False, size=9)
+            axes.set_title(_labels(annotations, index), parse_math=False, size=9)
 
 
-def pairs_picture(pairs: Sequence[tuple[str, str]], path: str | Path) -> None:
-    """Draw pairs of image files (a dozen or so) side by side, with their names."""
+def pairs_picture(
+    pairs: Sequence[Pair],
+    names: Sequence[str],
+    splits: Sequence[Annotations],
+    path: str | Path,
+) -> None:
+    """Draw pairs of images (a dozen or so) of splits of these names, with their files and labels.
+
+    The titles of a pair whose labels differ are orange.
+    """
     columns = min(2, len(pairs))
     rows = -(-len(pairs) // columns)
-    with _figure(6 * columns, 2.6 * rows, path, layout="constrained") as figure:
+    with _figure(6 * columns, 2.9 * rows, path, layout="constrained") as figure:
         grid = figure.subplots(rows, 2 * columns, squeeze=False)
         for axes in grid.flat:
             axes.set_axis_off()
-        files = (file for pair in pairs for file in pair)
-        for file, axes in zip(files, grid.flat, strict=False):
-            axes.imshow(read_image(file).permute(1, 2, 0).numpy())
-            axes.set_title(textwrap.shorten(Path(file).name, 34), parse_math=False, size=9)
+        for pair, both in zip(pairs, grid.reshape(-1, 2), strict=False):
+            places = ((pair.other_split, pair.other_row), (pair.split, pair.row))
+            labels = [_labels(splits[split], row) for split, row in places]
+            color = BLACK if labels[0] == labels[1] else ORANGE
+            for axes, (split, row), text in zip(both, places, labels, strict=True):
+                image = splits[split].path(row)
+                title = textwrap.shorten(f"{names[split]}: {Path(image).name}", 40)
+                axes.imshow(read_image(image).permute(1, 2, 0).numpy())
+                axes.set_title(f"{title}\n{text}", parse_math=False, size=9, color=color)
+
+
+def _labels(annotations: Annotations, row: int) -> str:
+    names = ", ".join(annotations.classes[c] for c in annotations.present(row)) or "(none)"
+    return textwrap.fill(names, 34, max_lines=3)
 
 
 def curves(history: Sequence[Mapping[str, Any]], path: str | Path) -> None:

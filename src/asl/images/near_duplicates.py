@@ -8,7 +8,6 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from asl.data.annotations import Annotations
+from asl.data.duplicates import Pair
 from asl.images.decode import read_image
 
 MOST_BITS = 6  # in which near-duplicates differ; docs/report.md says how it was chosen
@@ -26,19 +26,7 @@ AT_ONCE = 256  # images that are compared with all others: 256 MB for a million 
 Hashes = npt.NDArray[np.uint64]
 
 
-class NearDuplicate(NamedTuple):
-    """Row `row` of split number `split` is nearly row `other_row` of the earlier `other_split`."""
-
-    split: int
-    row: int
-    other_split: int
-    other_row: int
-    bits: int
-
-
-def near_duplicates(
-    splits: Sequence[Annotations], most_bits: int = MOST_BITS
-) -> list[NearDuplicate]:
+def near_duplicates(splits: Sequence[Annotations], most_bits: int = MOST_BITS) -> list[Pair]:
     """Images of later splits with their nearest image in an earlier one, the nearest pairs first.
 
     A pair's hashes differ in at most `most_bits` bits. A file that stands in several splits itself
@@ -62,7 +50,7 @@ def near_duplicates(
         for index in np.flatnonzero(bits <= most_bits).tolist():
             other_split, other_row = places[nearest[index]]
             pair = number, own[number][index], other_split, other_row, int(bits[index])
-            found.append(NearDuplicate(*pair))
+            found.append(Pair(*pair))
     return sorted(found, key=lambda pair: (pair.bits, pair.split, pair.row))
 
 
