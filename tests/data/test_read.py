@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import threading
 from pathlib import Path
 from typing import get_args
@@ -298,6 +299,12 @@ def write_all(root):
     }.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
+    (root / "webdataset").mkdir()
+    with tarfile.open(root / "webdataset/train-000000.tar", "w") as tar:
+        (root / "1.cls").write_text("0")
+        for name in ("1.jpg", "1.cls", "2.jpg", "2.cls"):
+            tar.add(root / "1.cls", name)
+    (root / "webdataset/classes.txt").write_text("cat\n")
 
 
 @pytest.mark.parametrize("dataset", sorted({*READERS} - {"shapes"}))  # which draws what is missing

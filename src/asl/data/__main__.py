@@ -1,5 +1,6 @@
-"""What is in a data set: `python -m asl.data DATASET DIR`."""
+"""What is in a data set: `python -m asl.data DATASET DIR`; and writing it as shards."""
 
+import sys
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -13,7 +14,8 @@ from asl.data.annotations import ABSENT, PRESENT, UNANNOTATED, Annotations, file
 from asl.data.duplicates import Pair, identical_files, in_both
 from asl.data.readers import read, splits
 from asl.data.settings import Dataset
-from asl.errors import reported
+from asl.data.shards import write_shards
+from asl.errors import UsageError, reported
 from asl.evaluation.pictures import pairs_picture, samples_picture
 from asl.images.near_duplicates import near_duplicates as find_near_duplicates
 
@@ -70,6 +72,39 @@ def main(
             show_pairs(pairs, "~", names, existing, output / f"{dataset}_near_duplicates.png")
 
 
+def shard(
+    dataset: Annotated[Dataset, tyro.conf.Positional],
+    folder: Annotated[Path, tyro.conf.Positional],
+    output: Path,
+    split: str = "",
+    image_folder: str | None = None,
+    images: int = 10_000,
+) -> None:
+    """Write a data set as shards, tar files that `--dataset webdataset` and others read.
+
+    Args:
+        dataset: its layout (DATASETS.md)
+        folder: where it lies
+        output: folder of the shards
+        split: the one to write; default: all of them
+        image_folder: where the images are, from the data set's folder; default: as the layout says
+        images: how many go into a shard
+    """
+    names = [split] if split else splits(dataset, folder)
+    found = {name: read(dataset, folder, name, image_folder=image_folder) for name in names}
+    if len({annotations.classes for annotations in found.values()}) > 1:
+        raise UsageError("splits have classes of their own: write each into a folder of its own")
+    if any(output.glob("*.tar")):
+        raise UsageError(f"{output} holds shards already: name another folder")
+    for name, annotations in found.items():
+        exists = files_exist(annotations)
+        if exists.any():
+            shards = write_shards(annotations.subset(exists), name, output, images)
+            lost = np.count_nonzero(~exists)
+            missing = f" ({lost:,} missing, left out)" if lost else ""
+            print(f"{name}: {exists.sum():,} images{missing} in {len(shards):,} shards")
+
+
 def show_pairs(
     pairs: Sequence[Pair],
     sign: str,
@@ -117,4 +152,7 @@ def describe(split: str, annotations: Annotations, exists: npt.NDArray[np.bool_]
 
 if __name__ == "__main__":
     with reported():
-        tyro.cli(main, prog="python -m asl.data")
+        if sys.argv[1:2] == ["shard"]:
+            tyro.cli(shard, prog="python -m asl.data shard", args=sys.argv[2:])
+        else:
+            tyro.cli(main, prog="python -m asl.data")

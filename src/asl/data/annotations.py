@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from asl.data.extents import files_of
 from asl.distributed import from_rank_0
 from asl.errors import DataError
 
@@ -188,7 +189,7 @@ def files_exist(annotations: Annotations) -> npt.NDArray[np.bool_]:
     # Each folder is listed once. A stat for each of 9 million files takes minutes where the listing
     # takes seconds, and hours on a network file system. Listings go by in parts, which are looked
     # up among the files: to hold the names as Python's would take 95 bytes each.
-    files = annotations.files
+    files = files_of(annotations.files)
     order = np.argsort(files, kind="stable")
     changes = np.zeros(len(files) + 1, dtype=np.int8)  # 1 where files that exist begin, -1 behind
     root = os.fsencode(annotations.root)

@@ -12,6 +12,7 @@ import polars as pl
 from tqdm import tqdm
 
 from asl.data.annotations import Annotations
+from asl.data.extents import extent, size_of
 from asl.data.files import unreadable
 
 END = 4096  # bytes at the end of a file
@@ -88,12 +89,14 @@ def identical_files(splits: Sequence[Annotations]) -> list[Pair]:
 def _key(path: str, compared: str) -> int:
     """A number that files have in common if they are equal in what is `compared`."""
     try:
-        size = Path(path).stat().st_size
+        size = size_of(path)
         if compared == "sizes":
             return size
-        with Path(path).open("rb") as file:
-            file.seek(max(0, size - END) if compared == "ends" else 0)
-            digest = hashlib.file_digest(file, "sha256").digest()
+        left_out = max(0, size - END) if compared == "ends" else 0
+        place = extent(path)
+        with Path(place.file).open("rb") as file:
+            file.seek(place.start + left_out)
+            digest = hashlib.sha256(file.read(size - left_out)).digest()
     except OSError as error:
         raise unreadable(Path(path), error) from error
     return int.from_bytes(digest[:8], signed=True)

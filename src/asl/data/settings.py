@@ -7,7 +7,9 @@ from pydantic import Field
 
 from asl.config import OptionalFloat, OptionalInt, OptionalStr, Settings
 
-Dataset = Literal["coco", "voc", "nus_wide", "openimages", "table", "folders", "shapes"]
+Dataset = Literal[
+    "coco", "voc", "nus_wide", "openimages", "table", "folders", "webdataset", "shapes"
+]
 Difficult = Literal["present", "absent", "ignore"]
 
 
@@ -29,15 +31,15 @@ class DataSettings(Settings):
     class_list: OptionalStr = None
     """openimages: file of the class ids; default: the trainable ones"""
     val_share: Annotated[OptionalFloat, Field(gt=0, le=0.99)] = None
-    """table and folders without splits: share of the images to validate on; default: 0.2"""
+    """sets without splits: share of the images to validate on; default: 0.2"""
     split_seed: Annotated[OptionalInt, Field(ge=0)] = None
-    """table and folders: which images those are; default: 0"""
+    """sets without splits: which images those are; default: 0"""
     stratify: bool = False
-    """table and folders: draw them so that rare classes are in both parts"""
+    """sets without splits: draw them so that rare classes are in both parts"""
     folds: Annotated[OptionalInt, Field(ge=2)] = None
-    """table and folders: draw so many folds, of which one is validated on"""
+    """sets without splits: draw so many folds, of which one is validated on"""
     fold: Annotated[OptionalInt, Field(ge=0)] = None
-    """table and folders: which one, from 0; default: 0"""
+    """sets without splits: which one, from 0; default: 0"""
     image_folder: OptionalStr = None
     """folder of the images, from DATA; default: that of the layout"""
     missing_images: Literal["error", "skip"] = "error"

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from asl.atomic import replacing
 from asl.data.annotations import Annotations
+from asl.data.extents import size_of
 from asl.errors import DataError, UsageError
 from asl.images.decode import read_image, squish
 from asl.images.settings import MAX_PIXELS, BadImages
@@ -286,7 +287,7 @@ def _key(annotations: Annotations, size: int, exif_rotate: bool) -> str:
         digest.update(b"\0".join(annotations.files[start : start + (1 << 16)].tolist()) + b"\0")
     for index in _spread(count, SIZES):
         try:
-            digest.update(b"%d " % os.stat(annotations.path(index)).st_size)  # noqa: PTH116 (hot)
+            digest.update(b"%d " % size_of(annotations.path(index)))
         except OSError:
             digest.update(b"- ")
     return digest.hexdigest()

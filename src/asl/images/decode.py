@@ -26,6 +26,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from asl.data.extents import extent
 from asl.data.files import EXTENSIONS
 from asl.errors import DataError
 from asl.images.settings import MAX_PIXELS
@@ -126,13 +127,19 @@ def _check_pixels(size: tuple[int, int], max_pixels: int) -> None:
 
 
 def _content(path: str | os.PathLike[str], max_bytes: int) -> bytes:
-    with open(path, "rb", buffering=0, opener=_open_at_once) as file:
+    name, start, size = extent(path)
+    buffering = 0 if size is None else io.DEFAULT_BUFFER_SIZE  # which reads until it has `size`
+    with open(name, "rb", buffering, opener=_open_at_once) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise DataError("not a regular file")
-        if status.st_size > max_bytes:  # it would be read whole, and may be a hole of terabytes
-            raise DataError(f"{status.st_size:,} bytes are more than any picture should have")
-        return file.readall()
+        length = status.st_size if size is None else size
+        if length > max_bytes:  # it would be read whole, and may be a hole of terabytes
+            raise DataError(f"{length:,} bytes are more than any picture should have")
+        if start:
+            file.seek(start)
+        content: bytes = file.read(-1 if size is None else size)
+        return content
 
 
 def _open_at_once(path: str, flags: int) -> int:

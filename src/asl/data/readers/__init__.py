@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 from asl.data.annotations import PRESENT, Annotations
 from asl.data.cache import cached, fingerprint
 from asl.data.draw import Draw
-from asl.data.readers import coco, folders, nus_wide, openimages, shapes, table, voc
+from asl.data.readers import coco, folders, nus_wide, openimages, shapes, table, voc, webdataset
 from asl.errors import UsageError
 
 log = logging.getLogger("asl")
@@ -80,6 +80,13 @@ READERS: dict[str, Reader] = {
         folders.folders,
         folders.splits,
         None,
+        PAIRS,
+        options=Draw._fields,
+    ),
+    "webdataset": Reader(
+        webdataset.webdataset,
+        webdataset.splits,
+        webdataset.sources,
         PAIRS,
         options=Draw._fields,
     ),
