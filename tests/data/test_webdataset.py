@@ -194,7 +194,10 @@ def test_a_wrong_shard_is_named(tmp_path):
     (root / "classes.txt").write_text("cat\n")
     with pytest.raises(DataError, match=r"1.jpg: label 7 is not in .*classes.txt"):
         webdataset(root, "train")
-    for content in (b"no tar", whole[:1600], b""):
+    large = bytearray(whole)  # a header of further names, which says that it has 2 ** 87 bytes
+    large[124:136], large[156:157] = b"\x80" + b"\xff" * 11, b"x"
+    large[148:156] = b"%06o\0 " % sum(large[:148] + b" " * 8 + large[156:512])
+    for content in (b"no tar", whole[:1600], b"", bytes(large)):
         (root / "train-0.tar").write_bytes(content)
         with pytest.raises(
             DataError, match=r"train-0.tar (is not a tar file|is cut off|holds no im)"

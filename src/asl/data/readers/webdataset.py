@@ -161,7 +161,7 @@ def _read(path: Path, root: Path) -> list[Sample]:
                     file = tar.extractfile(member)
                     assert file is not None, "it is a file"
                     labels[key] = _labels(file.read(), ending, place)
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:  # wrong numbers too
         raise DataError(f"{path} is not a tar file, or cut off: {error}") from None
     except OSError as error:
         raise unreadable(path, error) from error
