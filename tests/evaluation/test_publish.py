@@ -169,10 +169,11 @@ def test_what_cannot_be_published_leaves_nothing(best, folder, tmp_path):
 
 
 def test_the_command_says_what_it_measured_and_wrote(best, tmp_path):
+    (tmp_path / "terms.txt").write_text(TERMS.replace(". ", ".\n"))
     done = subprocess.run(
         [
             *(sys.executable, "-W", "error", "-m", "asl.models", "publish"),
-            *("--model-path", best, "--output", "made", "--terms", TERMS),
+            *("--model-path", best, "--output", "made", "--terms", "terms.txt"),
         ],
         cwd=tmp_path,
         env={"PYTHONPATH": str(REPOSITORY / "src"), "OMP_NUM_THREADS": "1", "PATH": ""},
@@ -182,6 +183,7 @@ def test_the_command_says_what_it_measured_and_wrote(best, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "checkpoint  model.safetensors (only weights)" in done.stdout
     files = "README.md, config.json, figures.json, model.safetensors"
+    assert checkpoint.load(tmp_path / "made/model.safetensors")["terms"] == TERMS
     assert done.stdout.endswith(f"published in made: {files}\n")
     figures = json.loads((tmp_path / "made/figures.json").read_text())
     command = figures["command"]

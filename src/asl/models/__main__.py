@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from asl.errors import reported
+from asl.errors import UsageError, reported
 from asl.evaluation.provenance import provenance
 from asl.models import checkpoint
 from asl.models.soup import soup
@@ -33,7 +33,7 @@ def write_published(
     tune_thresholds: str = "",
     calibrate: Literal["temperature", "platt", "isotonic"] | None = None,
     license: str = "other",
-    terms: str = "",
+    terms: Path | None = None,
 ) -> None:
     """Write a folder that is ready to be uploaded: weights, what is measured of them, model card.
 
@@ -44,11 +44,15 @@ def write_published(
         tune_thresholds: as in validate.py: f1, or precision:0.8
         calibrate: as in validate.py
         license: of the weights, as the hub abbreviates it
-        terms: a sentence or two on what the weights may be used for, and of what data they are
+        terms: file with a sentence or two: what data the weights are made of, and its terms
     """
     from asl.evaluation.publish import publish  # which imports much that a soup needs not
     from asl.evaluation.text import evaluation_text
 
+    try:
+        text = "" if terms is None else " ".join(terms.read_text(encoding="utf-8").split())
+    except (OSError, UnicodeError) as error:
+        raise UsageError(f"cannot read {terms}: {error}") from None
     figures = publish(
         model_path,
         output,
@@ -56,7 +60,7 @@ def write_published(
         tune_thresholds=tune_thresholds,
         calibrate=calibrate,
         license=license,
-        terms=terms,
+        terms=text,
     )
     print(evaluation_text(figures))
     print(f"published in {output}: {', '.join(sorted(each.name for each in output.iterdir()))}")
