@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench gpu clean
+.PHONY: help setup demo test lint bench gpu reference clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -45,6 +45,12 @@ endif
 	$(BIN)/python -m pytest -m cuda
 	$(BIN)/python bench/gpu.py --device $(DEVICE) \
 		$(if $(filter cpu,$(DEVICE)),--quick --output runs/gpu)
+
+VOC ?= VOCdevkit
+WEIGHTS ?= tf_efficientnet_lite0.safetensors
+reference: setup  ## does training here reach what it should? needs VOC=VOCdevkit WEIGHTS=LITE0.safetensors
+	$(BIN)/python train.py $(VOC) --config configs/voc2007_lite0_160_features.yaml --missing-images skip \
+		--model-path $(WEIGHTS) --reference voc2007_lite0 --seed 1 --output runs/reference --overwrite
 
 clean:  ## remove the environment, runs and drawn data
 	rm -rf .venv runs data .pytest_cache .mypy_cache .ruff_cache

@@ -611,7 +611,7 @@ def test_mistakes_are_named(make, message):
         make()
 
 
-def selective(logits: Tensor, targets: Tensor, topk: int, prior: Tensor | None = None) -> Tensor:
+def selective(logits: Tensor, targets: Tensor, topk: float, prior: Tensor | None = None) -> Tensor:
     """Which cells count, read off the loss."""
     loss = PartialSelectiveLoss(
         likelihood_topk=topk, prior=prior, prior_threshold=0.5, gamma_unann=0, reduction="none"
@@ -625,6 +625,16 @@ def test_selection_takes_the_first_of_equal_cells():
     assert selective(equal, unannotated, 1).tolist() == [[False, False, True, True], [True] * 4]
     equal[1, 3] = 1
     assert selective(equal, unannotated, 1).tolist() == [[False, *[True] * 3], [*[True] * 3, False]]
+
+
+def test_selection_may_be_a_share_of_the_cells_that_are_not_annotated():
+    logits = torch.arange(16.0).reshape(2, 8)
+    targets = torch.full((2, 8), -1)
+    targets[1, 4:] = 0  # the four highest are known: twelve are left
+    for share, left_out in ((0.25, [9, 10, 11]), (0.01, []), (0.05, [11]), (0.99, range(12))):
+        counted = selective(logits, targets, share).flatten()
+        assert (~counted).nonzero().flatten().tolist() == list(left_out)
+    assert selective(logits, targets.clamp(min=0), 0.5).all()
 
 
 def test_selection_spends_its_budget_on_classes_that_the_prior_left_out():

@@ -313,7 +313,8 @@ class PartialSelectiveLoss(nn.Module):
         alpha_neg: Weight of the absent cells.
         alpha_unann: Weight of the cells not annotated.
         clip: Probability margin of absent and not annotated cells, as in `asymmetric_loss`.
-        likelihood_topk: Cells, on average over the samples, left out as likely present.
+        likelihood_topk: Cells, on average over the samples, left out as likely present (official);
+            below 1, the share of the batch's cells not annotated that is.
         prior: (C,) in [0, 1], how often each class is present. Part of the state dict.
         prior_threshold: Classes more frequent than this are not assumed absent.
         reduction: As in `asymmetric_loss`; left-out cells count in the N and C of a mean.
@@ -331,7 +332,7 @@ class PartialSelectiveLoss(nn.Module):
         alpha_neg: float = 1,
         alpha_unann: float = 1,
         clip: float | None = 0,
-        likelihood_topk: int = 5,
+        likelihood_topk: float = 5,
         prior: Tensor | None = None,
         prior_threshold: float = 0.05,
         reduction: Reduction = "sum",
@@ -382,7 +383,7 @@ class PartialSelectiveLoss(nn.Module):
         if self.mode == "negative":
             return 1.0
         if self.mode == "selective":
-            left_out = _most_likely(logits, unannotated, self.likelihood_topk * logits.shape[0])
+            left_out = _most_likely(logits, unannotated, self.likelihood_topk)
             if self.prior is not None:
                 left_out = left_out | (unannotated & (self.prior > self.prior_threshold))
             return (~left_out).to(logits.dtype)
@@ -392,16 +393,18 @@ class PartialSelectiveLoss(nn.Module):
         return annotated * (1 + 1 / (1 + annotated.sum(dim=-1, keepdim=True)))
 
 
-def _most_likely(logits: Tensor, unannotated: Tensor, count: int) -> Tensor:
-    """Mask of the ``count`` cells not annotated with the highest logits: those with the smallest q.
+def _most_likely(logits: Tensor, unannotated: Tensor, topk: float) -> Tensor:
+    """Mask of the cells not annotated with the highest logits: those with the smallest q.
 
     A stable sort would settle ties as well, and take sixty times as long.
     """
-    scores = logits.masked_fill(~unannotated, -torch.inf).flatten()
-    count = min(count, scores.numel())
-    if count == 0:
+    scores, cells = logits.masked_fill(~unannotated, -torch.inf).flatten(), logits.numel()
+    most = min(int(topk * cells) + 1 if topk < 1 else round(topk * len(logits)), cells)
+    if most == 0:
         return torch.zeros_like(unannotated)
-    lowest = scores.topk(count).values[-1]
+    # How many cells a share is stays on the device: nothing waits for it.
+    count = (topk * unannotated.sum()).round() if topk < 1 else scores.new_full((), most)
+    lowest = scores.topk(most).values.take((count - 1).clamp(min=0).long())
     above, level = scores > lowest, scores == lowest
     chosen = above | (level & (level.cumsum(0) <= count - above.sum()))
     return chosen.view_as(unannotated) & unannotated
@@ -460,10 +463,7 @@ def _free_to_read(targets: Tensor) -> bool:
 def _check_options(
     reduction: str, clip: float | None = None, eps: float = 0.0, **factors: float
 ) -> None:
-    """A margin below 1e-6 would be lost in float32, and log q with it.
-
-    A factor, gamma or alpha, that is a tensor is not looked at: that would wait for the device.
-    """
+    """A margin below 1e-6 would be lost in float32. Tensors are not looked at: that would wait."""
     for name, factor in {**factors, "eps": eps}.items():
         if not isinstance(factor, Tensor) and not 0 <= factor < torch.inf:
             raise ValueError(f"{name} must be at least 0 and finite, got {factor}")

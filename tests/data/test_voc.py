@@ -25,6 +25,12 @@ def test_the_root_may_be_the_year_or_a_folder_above_it(tmp_path, root):
     assert data.path(1) == f"{tmp_path}/VOCdevkit/VOC2007/JPEGImages/000017.jpg"
 
 
+def test_the_photographs_may_lie_elsewhere(tmp_path):
+    write(tmp_path / "VOC2007")
+    data = voc(tmp_path, "train", image_folder="crops")
+    assert data.path(1) == f"{tmp_path}/crops/000017.jpg"
+
+
 @pytest.mark.parametrize(("difficult", "label"), [("present", 1), ("absent", 0), ("ignore", -1)])
 def test_difficult_counts_as_asked(tmp_path, difficult, label):
     write(tmp_path)

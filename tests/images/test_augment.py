@@ -218,6 +218,15 @@ def test_numbers_depend_on_seed_epoch_and_index_and_on_nothing_else():
     assert len({numbers.tobytes() for numbers in once}) == len(keys)
 
 
+def test_the_recipe_is_cutout_and_then_randaugment():
+    both, cuts, others = (draw(p, 3, 1, range(50)) for p in ("recipe", "cutout", "randaugment"))
+    assert (both[:, :1] == cuts[:, :1]).all()
+    assert (both[:, 1:] == others[:, 1:]).all()
+    assert not cuts[:, 1:].any()
+    assert not others[:, 0].any()
+    assert others[:, 1:].any()
+
+
 @pytest.mark.parametrize(("policy", "checksum"), [("recipe", 0x629F22C5), ("flip", 0xAAD12B44)])
 def test_numbers_are_those_of_all_versions_which_a_resumed_run_goes_on_with(policy, checksum):
     assert zlib.crc32(draw(policy, 7, 3, range(1000)).tobytes()) == checksum

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from run_log import figures_of
 from scipy import stats
 
@@ -19,10 +20,10 @@ from asl.data.stratify import stratified_parts
 from asl.errors import DataError, UsageError
 from asl.evaluation.evaluate import evaluate
 from asl.models import create_model
-from asl.studies.on_features import OnFeatures
+from asl.studies.on_features import OnFeatures, pulls, scores_of
 from asl.studies.plan import StudyConfig, Trial, config_of, read_study
-from asl.studies.results import publish
-from asl.studies.tables import interval, rows, table
+from asl.studies.results import END, START, publish
+from asl.studies.tables import cells_table, interval, rows, table
 from asl.studies.trials import run_study
 from asl.training.fit import fit
 
@@ -136,16 +137,51 @@ def test_what_is_published_is_not_done_again_unless_its_settings_changed(
     assert "bce_0" not in said
 
 
+def test_the_page_of_a_study_gets_its_table(study_of, on_cpu, tmp_path):
+    study = study_of("arms: {asl: {}}\nseeds: 1\n", FEATURES)
+    page = tmp_path / "docs" / "studies" / "losses.md"
+    page.parent.mkdir(parents=True)
+    page.write_text(f"# Losses\n\n{START}\nof old\n{END}\n\nWhat it says.\n")
+    text = publish(study, run_study(study, on_cpu()), "results/studies")
+    assert page.read_text() == f"# Losses\n\n{START}\n{text}{END}\n\nWhat it says.\n"
+
+
+def test_the_pages_of_this_project_show_what_was_measured():
+    pages = sorted((ROOT / "docs" / "studies").glob("[a-z]*.md"))  # README.md lists them
+    assert pages
+    for page in pages:
+        table_ = (ROOT / "results" / "studies" / page.name).read_text()
+        assert f"{START}\n{table_}{END}" in page.read_text(), page
+        assert f"configs/studies/{page.stem}.yaml" in page.read_text(), page
+
+
 def test_a_learning_rate_is_chosen_where_val_is_not_seen(study_of, on_cpu):
     plan = "arms: {asl: {}, frozen_in: {lr: 1.0e-9}}\nseeds: 2\nrates: [1.0e-7, 1.0e-2]\n"
     study = study_of(plan, FEATURES)
     trainer = OnFeatures(study, on_cpu())
-    trainer._val = None, None  # whoever looks at it fails
     config = config_of(study, on_cpu(), Trial("asl", "", 1))
+    learned, _ = trainer._features(config.images)
+    trainer._val_set = None  # whoever looks at it fails
+    trainer._features = lambda images: (learned, None)
     train_set = read_split(config.data, "train")
     chosen = trainer._with_rate(config, Trial("asl", "", 1), train_set, np.arange(len(train_set)))
     assert chosen.step.lr == 1e-2
     assert chosen.step.seed == 1
+
+
+def test_a_rate_is_chosen_once_also_by_a_study_that_goes_on(study_of, on_cpu, monkeypatch):
+    one = "arms: {asl: {}}\nseeds: 1\nrates: [1.0e-3, 1.0e-2]\n"
+    [first] = run_study(study_of(one, FEATURES), on_cpu())
+    trained = []
+    on = OnFeatures._on
+
+    def counted(self, config, *more):
+        trained.append(config.step.lr)
+        return on(self, config, *more)
+
+    monkeypatch.setattr(OnFeatures, "_on", counted)
+    run_study(study_of(one.replace("1\nrates", "2\nrates"), FEATURES), on_cpu())
+    assert trained == [first["lr"]]
 
 
 def test_folds_train_on_the_other_parts_of_the_training_split(study_of, on_cpu, monkeypatch):
@@ -153,19 +189,24 @@ def test_folds_train_on_the_other_parts_of_the_training_split(study_of, on_cpu, 
     trainer = OnFeatures(study, on_cpu())
     train_set = read_split(config_of(study, on_cpu(), Trial("asl", "", 0)).data, "train")
     parts = stratified_parts(train_set, 4, seed=0)
-    seen = []
+    learned, measured = [], []
 
-    def scores(config, annotations, learned, features):
-        seen.append((learned, features))
-        return OnFeatures._scores(trainer, config, annotations, learned, features)
+    def trained(config, annotations, rows, after_epoch):
+        learned.append(rows)
+        return OnFeatures._trained(trainer, config, annotations, rows, after_epoch)
 
-    monkeypatch.setattr(trainer, "_scores", scores)
+    def scores(training, features):
+        measured.append(features)
+        return scores_of(training, features)
+
+    monkeypatch.setattr(trainer, "_trained", trained)
+    monkeypatch.setattr("asl.studies.on_features.scores_of", scores)
     for fold in range(4):
         trainer(Trial("asl", "", 0, fold))
-        learned, features = seen[-1]
-        assert (learned == np.flatnonzero(parts != fold)).all()
-        assert features.equal(trainer._val[1][parts == fold])
-    assert len(trainer._val[0]) == len(train_set)
+        assert (learned[-1] == np.flatnonzero(parts != fold)).all()
+        features = trainer._features(config_of(study, on_cpu(), Trial("asl", "", 0)).images)[1]
+        assert measured[-1].equal(features[parts == fold])
+    assert len(trainer._val_set) == len(train_set)
 
 
 def test_csl_on_features_estimates_its_prior_first(study_of, on_cpu, tmp_path):
@@ -183,15 +224,84 @@ def test_csl_on_features_estimates_its_prior_first(study_of, on_cpu, tmp_path):
     assert len({*found.values()}) >= 3, found
 
 
+def test_the_map_after_each_epoch_is_that_of_train_py(study_of, on_cpu, tmp_path):
+    study = study_of("arms: {asl: {}}\nseeds: 1\nhistory: true\n", FEATURES)
+    [trial] = run_study(study, on_cpu())
+    config = config_like(study, on_cpu(), Trial("asl", "", 0), tmp_path / "same")
+    epochs = [row["mAP_ema"] for row in figures_of(fit(config))]
+    assert trial["history"] == pytest.approx(epochs, abs=1e-4)
+    assert trial["mAP"][""] == trial["history"][-1]
+
+
+def test_a_grid_compares_all_combinations_and_is_drawn(study_of, on_cpu, tmp_path):
+    study = study_of(
+        "grid: {gamma_neg: [0, 4], clip: [0, 0.05, 0.2]}\nseeds: 1\n"
+        "conditions: {plain: {}, focused: {gamma_pos: 1}}\n",
+        FEATURES,
+    )
+    assert study.settings("focused", "gamma_neg 4, clip 0.2").items() >= {
+        ("gamma_neg", 4),
+        ("gamma_pos", 1),
+        ("clip", 0.2),
+    }
+    trials = run_study(study, on_cpu())
+    assert len(trials) == 12
+    publish(study, trials, tmp_path)
+    with Image.open(tmp_path / "losses.png") as picture:
+        assert picture.width > 300
+
+
+def test_images_with_one_label_are_all_that_is_seen(study_of, on_cpu):
+    study = study_of("arms: {one: {loss: asl_single}}\nseeds: 1\none_label: true\n", FEATURES)
+    trainer = OnFeatures(study, on_cpu())
+    figures = trainer(Trial("one", "", 0))
+    config = config_of(study, on_cpu(), Trial("one", "", 0))
+    for images in (trainer._labelled(config.labels), trainer._val_set):
+        assert ((images.dense() == 1).sum(axis=1) == 1).all()
+    training = trainer._trained(config, trainer._labelled(config.labels), np.arange(4))
+    scores = scores_of(training, trainer._features(config.images)[1])
+    assert scores.sum(1).numpy() == pytest.approx(1)
+    truth = trainer._val_set.dense().argmax(axis=1)
+    assert round(figures["accuracy"] * len(truth) / 100, 6).is_integer()
+    text = table(study.plan, rows(study.plan, [{**trial_of("one"), **figures}]))
+    assert f"| ranked first | one | {figures['accuracy']:.2f} |" in text
+
+
+def test_what_a_loss_does_to_hidden_cells_is_its_own_derivative(study_of, on_cpu):
+    study = study_of(
+        "arms: {bce: {loss: bce, unannotated: negative}, ignore: {loss: bce}}\n"
+        "seeds: 1\ncells: true\nconditions: {hidden: {simulate_partial: 'rps:0.4'}}\n",
+        FEATURES,
+    )
+    trainer = OnFeatures(study, on_cpu())
+    for arm, free in (("bce", 0), ("ignore", 100)):
+        cells = trainer(Trial(arm, "hidden", 0))["cells"]
+        assert cells["hidden_free"] == free
+    config = config_of(study, on_cpu(), Trial("bce", "hidden", 0))
+    train_set = trainer._labelled(config.labels)
+    training = trainer._trained(config, train_set, np.arange(len(train_set)))
+    known, features = trainer._known(config, train_set, np.arange(len(train_set)))
+    cells = pulls(training, features, known.dense(), train_set.dense())
+    scores = scores_of(training, features).numpy()  # of a negative, the derivative is the score
+    hidden = (train_set.dense() == 1) & (known.dense() == -1)
+    assert cells["hidden"] == hidden.sum() / len(train_set)
+    assert cells["hidden_pull"] == pytest.approx(scores[hidden].mean(), rel=1e-4)
+    assert cells_table(study.plan, [{**trial_of("bce", "hidden"), "cells": cells}]).count("\n") == 2
+
+
 @pytest.mark.parametrize(
     ("plan", "complaint"),
     [
         ("arms: {asl: {gama_neg: 2}}", "arm 'asl': there is no setting 'gama_neg': did you mean"),
         ("arms: {asl: {seed: 2}}", "arm 'asl': seed is for the study itself to set"),
-        ("arms: {asl: {}}\nfolds: 3", "folds and rates are for studies on features"),
-        ("arms: {}", "arms is {}, but"),
+        ("arms: {asl: {}}\nfolds: 3", "folds is for studies on features"),
+        ("arms: {}", "a study compares arms or a grid"),
+        ("arms: {asl: {}}\ngrid: {clip: [0, 0.1]}", "a study compares arms or a grid"),
+        ("grid: {clip: []}", "grid.clip is [], but"),
+        ("grid: {clip: [0], lr: [1], gamma_neg: [1]}", "one or two settings"),
+        ("grid: {clip: [0, 2]}", "arm 'clip 2': clip is 2"),
         ("arms: {asl: {}}\nconditions: {few: {clip: 2}}", "condition 'few': clip is 2"),
-        ("seeds: 2", "arms is missing"),
+        ("seeds: 2", "a study compares arms or a grid"),
         ("arm: {asl: {}}", "there is no setting 'arm': did you mean arms?"),
     ],
 )
@@ -206,6 +316,10 @@ def test_the_numbers_of_the_recipe_s_loss_are_not_those_of_another(study_of):
     study = study_of(LOSSES, f"{END_TO_END}gamma_neg: 3\nclip: 0.1\n")
     assert study.settings("", "asl")["gamma_neg"] == 3
     assert "gamma_neg" not in study.settings("", "bce")
+
+
+def trial_of(arm, condition=""):
+    return {"arm": arm, "condition": condition, "seed": 0, "fold": None, "seconds": 1.0}
 
 
 def trials_of(table_):

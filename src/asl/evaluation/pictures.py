@@ -321,11 +321,12 @@ def arms_picture(panels: Mapping[str, Mapping[str, Sequence[float]]], path: str 
     One panel for each title, all with one scale; arms from top to bottom as they come.
     """
     names = list(dict.fromkeys(name for arms in panels.values() for name in arms))
-    width = 2.2 + 3.4 * min(3, len(panels))
-    rows = -(-len(panels) // 3)
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
+    width = 2.2 + 3.4 * columns
+    rows = -(-len(panels) // columns)
     height = rows * (0.7 + 0.32 * len(names)) + 0.2
     with _figure(width, height, path, layout="constrained") as figure:
-        grid = figure.subplots(rows, min(3, len(panels)), sharex=True, sharey=True, squeeze=False)
+        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for axes in grid.flat[len(panels) :]:
             axes.set_axis_off()
         for axes, (title, arms) in zip(grid.flat, panels.items(), strict=False):
@@ -336,7 +337,49 @@ def arms_picture(panels: Mapping[str, Mapping[str, Sequence[float]]], path: str 
             axes.set_title(title, loc="left")
             axes.set(xlabel="mAP (%)", ylim=(len(names) - 0.5, -0.5))
             axes.set_yticks(range(len(names)), names)
+            axes.tick_params(labelbottom=True)
             axes.grid(visible=False, axis="y")
+
+
+def grid_picture(
+    panels: Mapping[str, Mapping[str, Sequence[float]]],
+    grid: Mapping[str, Sequence[Any]],
+    path: str | Path,
+) -> None:
+    """Draw the mean mAP over a grid of one or two settings: a curve, or a map with its figures.
+
+    The arms of a panel are those of the grid in the order of `itertools.product`, or, of a study
+    that is not finished, some of the first; all panels have one scale.
+    """
+    (down, rows), *other = grid.items()
+    across, columns = other[0] if other else ("", [""])
+    shape = len(rows), len(columns)
+    means = {title: np.full(shape, np.nan) for title in panels}
+    for title, arms in panels.items():
+        means[title].flat[: len(arms)] = [np.mean(figures) for figures in arms.values()]
+    low, high = np.nanmin([*means.values()]), np.nanmax([*means.values()])
+    size = (
+        0.8 + (0.62 * shape[1] + 0.5 if other else 4.0) * len(panels),
+        1.1 + 0.4 * max(6, shape[0]),
+    )
+    with _figure(*size, path, layout="constrained") as figure:
+        grid_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axes, (title, table) in zip(grid_axes, means.items(), strict=True):
+            axes.set_title(title, loc="left")
+            if not other:
+                axes.plot(range(shape[0]), table[:, 0], color=BLUE, marker="o")
+                axes.set_xticks(range(shape[0]), rows)
+                axes.set(xlabel=down)
+                continue
+            axes.imshow(table, cmap="cividis", vmin=low, vmax=high, aspect="auto")
+            for (row, column), value in np.ndenumerate(table):
+                colour = "white" if value < (low + high) / 2 else "black"
+                axes.text(column, row, f"{value:.1f}", ha="center", va="center", color=colour)
+            axes.set_xticks(range(shape[1]), columns)
+            axes.set_yticks(range(shape[0]), rows)
+            axes.set(xlabel=across)
+            axes.grid(visible=False)
+        grid_axes[0].set_ylabel(down if other else "mAP (%)")
 
 
 @contextmanager

@@ -90,11 +90,12 @@ def draw(
     - "recipe": Cutout of half the side in a random colour, then two of the 15 operations, each with
       a level 1..9, uniformly and with repetition, and each applied with probability 0.5
       (official training script; no flip).
+    - "cutout", "randaugment": the one or the other alone, with the same numbers.
     - "flip": mirrored left to right with probability 0.5.
     - "none": nothing.
     """
     augmentation = np.zeros((len(indices), 3, len(Transform._fields)), np.float32)
-    if policy == "recipe":
+    if policy in ("recipe", "cutout", "randaugment"):
         uniform = _uniform(seed, epoch, indices, 5 + 2 * 6)
         cuts, transforms = augmentation[:, 0], augmentation[:, 1:]
         cuts[:, :2] = CUTOUT, 0.5
@@ -108,6 +109,8 @@ def draw(
         transforms[..., 1] = start + span * (1 + np.floor(9 * level)) / 9
         transforms[..., 2], transforms[..., 3], transforms[..., 4:] = x, y, PATCH_GREY
         transforms[applied >= 0.5] = 0
+        if policy != "recipe":
+            (transforms if policy == "cutout" else cuts)[:] = 0
     elif policy == "flip":
         augmentation[:, 0, 0] = np.where(
             _uniform(seed, epoch, indices, 1)[:, 0] < 0.5, FLIP, NOTHING

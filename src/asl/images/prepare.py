@@ -46,9 +46,10 @@ def preparation(
 def augments_on_device(settings: AugmentSettings, device_type: str) -> bool:
     """Whether training images are augmented where the model is, and not in the workers.
 
-    By default so on CUDA alone. Raises `UsageError` for the recipe on a device without float64.
+    By default so on CUDA alone. Raises `UsageError` for RandAugment on a device without float64.
     """
-    if settings.augment_on == "device" and settings.augment == "recipe" and device_type == "mps":
+    equalizes = settings.augment in ("recipe", "randaugment")
+    if settings.augment_on == "device" and equalizes and device_type == "mps":
         raise UsageError(
             "augment_on is device, but AutoContrast needs float64, which Apple GPUs do not have: "
             "use --augment-on workers"

@@ -9,7 +9,7 @@ from asl.config import Settings
 
 MAX_PIXELS = 89_478_485  # Pillow's: above it a picture may be a decompression bomb
 
-Policy = Literal["recipe", "flip", "none"]
+Policy = Literal["recipe", "cutout", "randaugment", "flip", "none"]
 BadImages = Literal["error", "skip"]
 
 
@@ -36,7 +36,7 @@ class AugmentSettings(Settings):
     """What happens to training images, and to those of them that cannot be read."""
 
     augment: Policy = "recipe"
-    """Cutout and RandAugment as in the paper, a horizontal flip, or nothing"""
+    """Cutout and RandAugment as in the paper, one of the two, a horizontal flip, or nothing"""
     augment_on: Literal["auto", "workers", "device"] = "auto"
     """where that is done; auto: on a CUDA GPU if there is one, else in the workers"""
     mixup: Annotated[float, Field(ge=0)] = 0.0

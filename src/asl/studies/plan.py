@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import tyro
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from asl.config import Config, OptionalInt, Settings, read_recipe, read_yaml
 from asl.errors import UsageError
@@ -15,6 +16,7 @@ from asl.models.settings import DeviceSettings
 from asl.training.settings import LossSettings, TrainConfig
 
 VARIED = ("seed", "data", "model_path", "output", "resume", "overwrite")  # by the study itself
+ON_FEATURES = ("folds", "rates", "one_label", "cells", "history")  # what heads alone can be asked
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,10 @@ class Plan(Settings):
     """a file beside the folder of the study"""
     settings: dict[str, Any] = Field(default_factory=dict)
     """what all trainings have"""
-    arms: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    arms: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """what is compared, by name: the first with all others"""
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
+    """in place of arms: one for every combination of these values of one or two settings"""
     conditions: dict[str, dict[str, Any]] = Field({"": {}}, min_length=1)
     """in what it is compared"""
     seeds: Annotated[int, Field(ge=1)] = 3
@@ -62,12 +66,36 @@ class Plan(Settings):
     """learning rates to choose from, for each arm on a fifth of what is trained on"""
     views: dict[str, str] = Field({"": ""}, min_length=1)
     """views that scores are averaged over (--tta), by name"""
+    one_label: bool = False
+    """only the images with exactly one label, and beside mAP how often it is ranked first"""
+    cells: bool = False
+    """also what the loss does to the training cells whose label was hidden or changed"""
+    history: bool = False
+    """also mAP after each epoch"""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if bool(self.arms) == bool(self.grid):
+            raise UsageError("a study compares arms or a grid: name one of them")
+        if len(self.grid) > 2:
+            raise UsageError("a grid is drawn as a map: it has one or two settings")
+        return self
+
+    @cached_property
+    def compared(self) -> dict[str, dict[str, Any]]:
+        """The arms by name, be they listed or those of the grid."""
+        if self.arms:
+            return self.arms
+        combined = (
+            dict(zip(self.grid, values, strict=True)) for values in product(*self.grid.values())
+        )
+        return {", ".join(f"{n} {x}" for n, x in arm.items()): arm for arm in combined}
 
     def trials(self) -> Iterator[Trial]:
         """All trainings. Seed by seed: what there is of an unfinished study is balanced."""
         folds = [None] if self.folds is None else range(self.folds)
         for seed, fold, condition, arm in product(
-            range(self.seeds), folds, self.conditions, self.arms
+            range(self.seeds), folds, self.conditions, self.compared
         ):
             yield Trial(arm, condition, seed, fold)
 
@@ -83,7 +111,7 @@ class Study:
     def settings(self, condition: str = "", arm: str = "") -> dict[str, Any]:
         """What train.py would be told, but for what varies from training to training."""
         plan, settings = self.plan, self.recipe
-        for own in (plan.settings, plan.conditions.get(condition, {}), plan.arms.get(arm, {})):
+        for own in (plan.settings, plan.conditions.get(condition, {}), plan.compared.get(arm, {})):
             if "loss" in own:  # the numbers of another loss mean nothing to this one
                 of_loss = LossSettings.model_fields.keys()
                 settings = {name: settings[name] for name in settings if name not in of_loss}
@@ -109,7 +137,7 @@ def read_study(path: str | Path) -> Study:
         raise UsageError(f"{where}{error}") from None
     recipe = read_recipe(path.parent.parent / plan.recipe, TrainConfig)
     study = Study(path.stem, plan, recipe)
-    for condition, arm in product(plan.conditions, plan.arms):
+    for condition, arm in product(plan.conditions, plan.compared):
         settings = study.settings(condition, arm)
         where = f"{path}: arm {arm!r}" + f", condition {condition!r}" * bool(condition)
         for name in VARIED:
@@ -121,8 +149,10 @@ def read_study(path: str | Path) -> Study:
             raise UsageError(f"{where}: {error}") from None
     if study.on_features and set(plan.views.values()) != {""}:
         raise UsageError(f"{path}: cached features are of one view: drop views")
-    if not study.on_features and (plan.folds or plan.rates):
-        raise UsageError(f"{path}: folds and rates are for studies on features (cache_features)")
+    alone = [name for name in ON_FEATURES if getattr(plan, name)]
+    if alone and not study.on_features:
+        named = " and ".join(alone)
+        raise UsageError(f"{path}: {named} is for studies on features (cache_features) alone")
     return study
 
 

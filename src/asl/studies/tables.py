@@ -1,6 +1,7 @@
 """What the figures of a study say: means, and differences with their intervals."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
@@ -8,9 +9,12 @@ import numpy as np
 
 from asl.studies.plan import Plan
 
+ACCURACY = "ranked first"  # of images with one label: the share whose label is, in percent
+UNNAMED = {"condition": "as it is", "view": "mAP"}
+
 
 class Row(NamedTuple):
-    """An arm in a condition, seen in some way; mAP in percent."""
+    """An arm in a condition, seen in some way; mAP or `ACCURACY` in percent."""
 
     condition: str
     view: str
@@ -30,14 +34,15 @@ def rows(plan: Plan, trials: Iterable[Mapping[str, Any]]) -> list[Row]:
     """
     figures: dict[tuple[str, str, str], dict[tuple[int, int | None], float]] = {}
     for trial in trials:
-        for view, value in trial["mAP"].items():
+        accuracy = {ACCURACY: trial["accuracy"]} if "accuracy" in trial else {}
+        for view, value in {**trial["mAP"], **accuracy}.items():
             of_arm = figures.setdefault((trial["condition"], view, trial["arm"]), {})
             of_arm[trial["seed"], trial["fold"]] = value
-    first, *_ = plan.arms
+    first, *_ = plan.compared
     found = []
     for condition in plan.conditions:
-        for view in plan.views:
-            for arm in plan.arms:
+        for view in [*plan.views, ACCURACY]:
+            for arm in plan.compared:
                 own = figures.get((condition, view, arm), {})
                 if not own:
                     continue
@@ -70,10 +75,12 @@ def interval(
 
 def table(plan: Plan, found: Sequence[Row]) -> str:
     """The rows as a table in Markdown."""
-    first, *_ = plan.arms
-    several = {"condition": len(plan.conditions) > 1, "view": len(plan.views) > 1}
+    first, *_ = plan.compared
+    views = {row.view for row in found}
+    several = {"condition": len(plan.conditions) > 1, "view": len(views) > 1}
     named = [name for name, wanted in several.items() if wanted]
-    head = [*named, "arm", "mAP, mean", "standard deviation", "n", f"against {first}"]
+    figure = "mean" if ACCURACY in views else "mAP, mean"
+    head = [*named, "arm", figure, "standard deviation", "n", f"against {first}"]
     lines = [_line(head), _line(["---"] * (len(named) + 1) + ["---:"] * 4)]
     for row in found:
         spread = f"{stdev(row.figures):.2f}" if len(row.figures) > 1 else "-"
@@ -81,8 +88,31 @@ def table(plan: Plan, found: Sequence[Row]) -> str:
         if row.difference:
             middle, low, high = row.difference
             against = f"{middle:+.2f} ({low:+.2f} to {high:+.2f})"
-        cells = [*(getattr(row, name) or "as it is" for name in named), row.arm]
+        cells = [*(getattr(row, name) or UNNAMED[name] for name in named), row.arm]
         lines.append(_line([*cells, f"{mean(row.figures):.2f}", spread, str(row.trials), against]))
+    return "\n".join(lines)
+
+
+def cells_table(plan: Plan, trials: Sequence[Mapping[str, Any]]) -> str:
+    """What the losses do to hidden and to absent cells (`pulls`), as means over the trainings."""
+    head = [
+        "condition",
+        "arm",
+        "hidden an image",
+        "pull on hidden",
+        "on absent",
+        "left alone, hidden",
+        "absent",
+    ]
+    names = ["hidden", "hidden_pull", "absent_pull", "hidden_free", "absent_free"]
+    forms = ["{:.2f}", "{:.4f}", "{:.4f}", "{:.1f} %", "{:.1f} %"]
+    lines = [_line(head), _line(["---"] * 2 + ["---:"] * 5)]
+    for condition, arm in product(plan.conditions, plan.compared):
+        own = [t["cells"] for t in trials if (t["condition"], t["arm"]) == (condition, arm)]
+        if own:
+            means = [mean(cells[name] for cells in own) for name in names]
+            shown = [form.format(x) for form, x in zip(forms, means, strict=True)]
+            lines.append(_line([condition or UNNAMED["condition"], arm, *shown]))
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ def run_study(study: Study, config: StudyConfig) -> list[Figures]:
     """Do what is missing of a study, and return the figures of all its trainings.
 
     Those of one are "arm", "condition", "seed", "fold", "lr", "mAP" (in percent, of the averaged
-    weights after the last epoch, by the name of the views), "seconds", and where they come from.
-    Each has a file in runs/studies/NAME; what is there, or in the results that are published, with
-    the same settings is not done again. With `tables` nothing is done at all.
+    weights after the last epoch, by the name of the views), "seconds", where they come from, and
+    "accuracy", "cells" (`pulls`) and "history" where the plan asks for them. Each has a file in
+    runs/studies/NAME; what is there, or in the results that are published, with the same settings
+    is not done again. With `tables` nothing is done at all.
 
     Raises `UsageError` and `DataError` for what is wrong with the input.
     """
@@ -38,7 +40,8 @@ def run_study(study: Study, config: StudyConfig) -> list[Figures]:
         return [done[trial.name] for trial in study.plan.trials() if trial.name in done]
     missing = [trial for trial in study.plan.trials() if trial.name not in done]
     if missing:
-        train = (OnFeatures if study.on_features else EndToEnd)(study, config)
+        rates = {(x["arm"], x["condition"], x["fold"]): x["lr"] for x in done.values()}
+        train = OnFeatures(study, config, rates) if study.on_features else EndToEnd(study, config)
     for number, trial in enumerate(missing, start=1):
         started = time.perf_counter()
         figures = {
@@ -47,12 +50,21 @@ def run_study(study: Study, config: StudyConfig) -> list[Figures]:
             "seconds": round(time.perf_counter() - started, 1),
             "settings": _digest(study, trial),
             **provenance(),
+            "command": _command(config),
         }
         write_result(RUNS / study.name / f"{trial.name}.json", json.dumps(figures).encode())
         done[trial.name] = figures
         views = ", ".join(f"{name} {x:.2f}".strip() for name, x in figures["mAP"].items())
         print(f"{number}/{len(missing)}  {trial.name}: {views}, {figures['seconds']} s", flush=True)
     return [done[trial.name] for trial in study.plan.trials()]
+
+
+def _command(config: StudyConfig) -> str:
+    """What anybody can run again: without the folders of this machine."""
+    wanted = config.study
+    command = ["python", "study.py", wanted.study, Path(wanted.data).name]
+    weights = ["--model-path", Path(wanted.model_path).name] if wanted.model_path else []
+    return shlex.join([*command, *weights])
 
 
 def _done(study: Study, config: StudyConfig) -> dict[str, Figures]:
@@ -79,7 +91,9 @@ def _read(path: Path) -> Any:
 def _digest(study: Study, trial: Trial) -> str:
     """What the figures of other settings are told by."""
     settings = study.settings(trial.condition, trial.arm)
-    described = [settings, study.plan.folds, study.plan.rates, study.plan.views]
+    plan = study.plan
+    described: list[Any] = [settings, plan.folds, plan.rates, plan.views]
+    described += [name for name in ("one_label", "cells", "history") if getattr(plan, name)]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -91,6 +91,8 @@ def _fit(config: TrainConfig, device: torch.device) -> Path:
     from_rank_0(lambda: curves(run.history, run.folder / "curves.png"))
     if len(run.history) >= MANY_EPOCHS:
         print(f"mAP:         {sparks_text(run.history)}")
+    if run.reference and run.history:
+        print(f"reference:   {run.reference.verdict(run.history)}")
     return run.folder
 
 

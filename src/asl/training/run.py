@@ -25,6 +25,7 @@ from asl.evaluation.provenance import commit, provenance
 from asl.evaluation.text import epoch_line
 from asl.models import checkpoint
 from asl.training.log import MEASURED, Log, Row
+from asl.training.reference import Reference
 from asl.training.settings import TrainConfig
 from asl.training.step import Training
 
@@ -35,7 +36,7 @@ MAY_CHANGE = (
     *("model_path", "pretrained", "device", "compile", "cache_features"),
     *("stop_epoch", "patience", "val_every", "threshold"),
     *("output", "overwrite", "resume", "dry_run", "checkpoint_every"),
-    *("print_freq", "tensorboard", "wandb", "profile"),
+    *("print_freq", "tensorboard", "wandb", "profile", "reference"),
 )
 UNDEFINED = -1.0  # the mAP of an epoch that has none
 SETTINGS = "config.yaml"
@@ -61,6 +62,8 @@ class Run:
         self._classes: Sequence[str] = ()
         self._saved_at = time.monotonic()
         self.log = Log(self.folder, config)
+        named = config.run.reference
+        self.reference = Reference(named) if named else None
 
     def _find_checkpoint(self) -> dict[str, Any] | None:
         """The checkpoint to go on from: the folder's own, else the one that `--resume` names."""
@@ -196,7 +199,8 @@ class Run:
         with self._writing():
             self.log.add_epoch(self.history, took, training.steps)
         self._write_prior(training)
-        print(epoch_line({**row, **took}))
+        reached = self.reference.said(row) if self.reference else ""
+        print(epoch_line({**row, **took}) + reached)
 
     def record_step(self, training: Training, images_per_second: float) -> None:
         """Add a line on the last step to the log. It waits for the device."""

@@ -55,8 +55,9 @@ class LossSettings(Settings):
     classes and cells that are likely present (CSL)"""
     gamma_unann: Annotated[OptionalFloat, Field(ge=0)] = None
     """their focusing; default: that of the negatives"""
-    likelihood_topk: Annotated[int, Field(ge=0)] = 5
-    """selective: cells per image, on average, that count as likely present"""
+    likelihood_topk: Annotated[float, Field(ge=0)] = 5.0
+    """selective: cells per image, on average, that count as likely present; below 1: their share of
+    the cells that are not annotated"""
     prior_path: str = ""
     """selective: CSV of how frequent each class is (validate.py --estimate-prior), or the word
     estimate, to train a model that tells first"""
@@ -178,6 +179,8 @@ class RunSettings(Settings):
     """write a trace of a few steps to trace.json in the run folder"""
     patience: Annotated[OptionalInt, Field(ge=1)] = None
     """stop when the best mAP is this many epochs old"""
+    reference: str = ""
+    """print beside the mAP what runs like this one reached: a file of results/reference, by name"""
     print_freq: Annotated[int, Field(ge=1)] = 100
     """steps between looks at the loss, each a line in steps.jsonl"""
     tensorboard: bool = False

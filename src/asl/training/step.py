@@ -146,7 +146,11 @@ class Training:
     def _seed(self) -> None:
         # What dropout draws depends on these four alone: a checkpoint needs no generator.
         source = np.random.SeedSequence([self.settings.seed, self.steps, rank(), self._batches])
-        torch.manual_seed(int(source.generate_state(1)[0]))
+        number = int(source.generate_state(1)[0])
+        # torch.manual_seed seeds accelerators too, and on a machine without one it first notes
+        # down where it was called from: a quarter of the step of a small head.
+        seed = torch.default_generator if self.device.type == "cpu" else torch
+        seed.manual_seed(number)
 
     @torch.no_grad()
     def average(self) -> None:

@@ -47,7 +47,7 @@ READERS: dict[str, Reader] = {
         voc.splits,
         voc.sources,
         (("trainval", "test"), ("train", "val")),
-        options=("difficult",),
+        options=("difficult", "image_folder"),
     ),
     "nus_wide": Reader(
         nus_wide.nus_wide,

@@ -15,13 +15,16 @@ from asl.errors import DataError, UsageError
 DIFFICULT = {"present": PRESENT, "absent": ABSENT, "ignore": UNANNOTATED}
 
 
-def voc(root: Path, split: str, *, difficult: str = "present") -> Annotations:
+def voc(
+    root: Path, split: str, *, difficult: str = "present", image_folder: str = ""
+) -> Annotations:
     """Read the label files of one year, `ImageSets/Main/<class>_<split>.txt`.
 
     `root` is the folder of the year, or `VOCdevkit`, or the folder that holds it. Classes are those
     that have such files, in alphabetical order (20). A class of which all objects in an image are
     marked difficult counts there as `difficult` says: "present", "absent", or "ignore" (not
-    annotated: left out of AP, as in the evaluation of the VOC challenge).
+    annotated: left out of AP, as in the evaluation of the VOC challenge). `image_folder`, from
+    `root`, has the photographs if they are not in JPEGImages beside the lists.
 
     Raises `DataError` for a file that is missing, is not such a list, or lists other images than
     the rest.
@@ -41,11 +44,11 @@ def voc(root: Path, split: str, *, difficult: str = "present") -> Annotations:
             raise DataError(f"{path} and {paths[0].name} list different images: one has no {alone}")
         table[:, column] = [label_of[marks[image]] for image in images]
     rows, columns = np.nonzero(table != ABSENT)
-    year = paths[0].parents[2]
-    names = [f"JPEGImages/{image}.jpg" for image in images]
-    files = image_names(names, year, lambda row: f"{paths[0]}: image {row + 1}")
+    base = root / image_folder if image_folder else paths[0].parents[2]
+    names = [f"{image}.jpg" if image_folder else f"JPEGImages/{image}.jpg" for image in images]
+    files = image_names(names, base, lambda row: f"{paths[0]}: image {row + 1}")
     classes = tuple(path.stem.removesuffix(f"_{split}") for path in paths)
-    return Annotations.from_cells(year, files, classes, rows, columns, table[rows, columns])
+    return Annotations.from_cells(base, files, classes, rows, columns, table[rows, columns])
 
 
 def splits(root: Path) -> list[str]:
