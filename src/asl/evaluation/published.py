@@ -9,7 +9,8 @@ from asl.models import checkpoint
 MEASURED = "measured"  # the entry of a checkpoint
 # What two measurements must have in common to give one mAP.
 _CONDITIONS = ("dataset", "split", "evaluated_as", "images", "image_size", "tta", "weights")
-TOLERANCE = 0.1  # points of mAP: decoders and precisions differ
+# Points of mAP. Decoders differ, and a backbone in bfloat16 moved an mAP by 0.05 (MODEL_ZOO.md).
+TOLERANCE = 0.1
 
 
 def measured(figures: Mapping[str, Any]) -> dict[str, Any]:
