@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from asl.config import parse
 from asl.errors import reported
-from asl.evaluation.settings import InferConfig, trained_with
+from asl.evaluation.settings import DEFAULT_MODEL, InferConfig, trained_with
 
 
 def main() -> None:
@@ -22,6 +22,8 @@ def main() -> None:
     from asl.evaluation.results import write_results
     from asl.evaluation.text import prediction_text
 
+    if config.model.model_path == (DEFAULT_MODEL,):
+        print(f"model: {DEFAULT_MODEL}, of the 20 classes of Pascal VOC; yours: --model-path FILE")
     wanted = config.evaluation
     if wanted.serve:
         from asl.evaluation.serve import serve

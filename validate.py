@@ -22,6 +22,7 @@ def main() -> None:
     )
 
     from asl.evaluation.evaluate import evaluate
+    from asl.evaluation.published import check_published
     from asl.evaluation.text import evaluation_text, write_json
 
     figures = evaluate(config)
@@ -35,6 +36,7 @@ def main() -> None:
         print(f"report: {Path(config.evaluation.report) / 'index.html'}")
     if config.evaluation.estimate_prior:
         print(f"prior: {config.evaluation.estimate_prior}")
+    check_published(figures)
 
 
 if __name__ == "__main__":

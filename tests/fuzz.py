@@ -226,6 +226,23 @@ def torch_bytes(content: Any, zipped: bool = True) -> bytes:
     return file.getvalue()
 
 
+def headers() -> st.SearchStrategy[dict[str, str] | None]:
+    """Of a safetensors file: none, or what this project writes there, or nearly."""
+    kinds = st.sampled_from(["torch.float64", "torch.int64", "torch.qint8"]) | values
+    tensors = st.fixed_dictionaries({"dtype": kinds, "values": st.lists(st.floats()) | values})
+    odd = tensors | values
+    entries = st.fixed_dictionaries(
+        {},
+        optional={
+            "num_classes": st.just(2) | odd,
+            "idx_to_class": st.just({"0": "cat", "1": "dog"}) | odd,
+            "thresholds": odd,
+            "ema": odd,
+        },
+    )
+    return st.none() | (entries | odd).map(lambda value: {"asl": json.dumps(value)})
+
+
 @st.composite
 def zipped_pickles(draw: Any) -> bytes:
     """A whole archive around a damaged pickle: bytes that get past the checks of the archive."""
@@ -467,7 +484,7 @@ TARGETS = {
     ),
     "checkpoint_opcodes": Target(files(weights=pickles()), lambda root: use(root / "weights")),
     "checkpoint_safetensors": Target(
-        files(weights=damaged(st.just(safetensors_bytes(WEIGHTS)))),
+        files(weights=damaged(headers().map(lambda text: safetensors_bytes(WEIGHTS, text)))),
         lambda root: use(root / "weights"),
     ),
     "image": Target(files(image=damaged(pictures())), lambda root: read_image(root / "image")),

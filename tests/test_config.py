@@ -4,7 +4,7 @@ import pytest
 
 from asl.config import parse, read_recipe, write_recipe
 from asl.errors import DataError, UsageError
-from asl.evaluation.settings import InferConfig, ValidateConfig
+from asl.evaluation.settings import DEFAULT_MODEL, InferConfig, ValidateConfig
 from asl.training.settings import TrainConfig
 
 CONFIGS = {"train": TrainConfig, "validate": ValidateConfig, "infer": InferConfig}
@@ -43,6 +43,33 @@ def test_what_goes_together_may_stand_in_the_recipe_and_on_the_command_line(tmp_
     assert (config.model.pretrained, config.model.model_path) == (False, "x.pt")
     with pytest.raises(UsageError, match="prior_path"):
         train(*argv, "--unannotated", "ignore")
+
+
+def test_infer_takes_the_model_of_the_zoo_and_its_settings_where_none_is_named():
+    asked = []
+
+    def trained_with(path):
+        asked.append(path)
+        return {"image_size": 96, "model_name": "test_resnet", "lr": 1.0}
+
+    usual = parse(InferConfig, "infer", "", [], trained_with=trained_with)
+    assert usual.model.model_path == (DEFAULT_MODEL,)
+    assert (usual.images.image_size, usual.model.model_name) == (96, "test_resnet")
+    mine = parse(InferConfig, "infer", "", ["--model-path", "x.pt"], trained_with=trained_with)
+    assert mine.model.model_path == ("x.pt",)
+    none = parse(InferConfig, "infer", "", ["--model-path", ""], trained_with=trained_with)
+    assert none.model.model_path == ()
+    assert asked == [DEFAULT_MODEL, "x.pt"]
+    validate = parse(ValidateConfig, "validate", "", [], trained_with=trained_with)
+    assert validate.model.model_path == ()
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--model-path", "none.pt", "-h"]])
+def test_help_is_there_at_once_and_needs_no_checkpoint(argv, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(InferConfig, "infer", "", argv, trained_with=pytest.fail)
+    assert end.value.code == 0
+    assert "--pic-path" in capsys.readouterr().out
 
 
 def test_dashes_underscores_and_official_names_mean_the_same():

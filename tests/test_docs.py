@@ -13,7 +13,7 @@ from asl.training.settings import TrainConfig
 REPOSITORY = Path(__file__).parent.parent
 DOCUMENTS = [
     file
-    for pattern in ("*.md", "bench/*.md", "docs/*.md")
+    for pattern in ("*.md", "bench/*.md", "docs/*.md", "zoo/*.md", "pics/*/*.md")
     for file in sorted(REPOSITORY.glob(pattern))
 ]
 RECIPES = sorted(REPOSITORY.glob("configs/*.yaml"))

@@ -111,6 +111,24 @@ def test_inference_on_an_image_and_on_a_folder_give_the_same_labels(trained, sma
     assert width_of(cwd / "one" / f"{images[3].name}.png") > 300
 
 
+def test_everyday_things_are_labelled_without_a_checkpoint_of_ones_own(tmp_path):
+    photographs = REPOSITORY / "pics/photographs"
+    out, _ = run(
+        *("infer.py", "--pic-path", photographs, "--json", "labels.json", "--workers", 0),
+        *("--output", "drawn", "--amp", "off"),
+        cwd=tmp_path,
+    )
+    assert out.startswith("model: zoo:voc2007_lite0")
+    labels = json.loads((tmp_path / "labels.json").read_text())
+    predicted = {
+        Path(each["file"]).stem: [x["name"] for x in each["labels"] if x["predicted"]]
+        for each in labels
+    }
+    assert predicted["cat"] == ["cat"]
+    assert predicted["astronaut"] == ["person"]
+    assert width_of(tmp_path / "drawn/cat.jpg.png") > 300
+
+
 def test_an_exported_checkpoint_labels_as_infer_does_and_in_int8_keeps_its_map(
     trained, small_shapes
 ):

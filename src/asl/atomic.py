@@ -34,6 +34,27 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             draft.unlink()
 
 
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `path` when the block ends; nothing is left if it raises.
+
+    Raises `UsageError` where there is something already, or nothing can be written.
+    """
+    path = Path(path)
+    try:
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise UsageError(f"{path} is there already: name a folder that is new or empty")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        place = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+    with place:
+        draft = Path(place.name, path.name)
+        draft.mkdir()
+        yield draft
+        draft.replace(path)
+
+
 def write_result(path: str | Path, content: bytes) -> None:
     """Write a file that the user asked for by an option; its folder is made.
 

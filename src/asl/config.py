@@ -25,6 +25,7 @@ OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
 OptionalStr = Annotated[str | None, tyro.conf.arg(metavar="STR")]
 
 RESUME_LAST = "last"  # `resume` without a file
+_HELP = {"-h", "--help"}  # which is there at once, and needs no checkpoint
 _BARE_RESUME = {("--resume", ""), ("--resume", "-")}  # at the end, or before the next option
 
 
@@ -129,8 +130,9 @@ def parse(
     """The settings of one start of a script.
 
     `argv` defaults to the command line. `trained_with` maps the path of a checkpoint to settings:
-    the ones of `from_checkpoint` take the place of the defaults. A recipe may hold all settings of
-    `recipes`, and this script takes its own.
+    the ones of `from_checkpoint` take the place of the defaults. The checkpoint is the one that is
+    typed, or that of the defaults. A recipe may hold all settings of `recipes`, and this script
+    takes its own.
 
     Exits with 0 after `--help` and with 2 on a wrong command line, saying what is near. Raises
     `UsageError` for a wrong recipe and for values out of range.
@@ -138,8 +140,9 @@ def parse(
     argv = _with_bare_resume(sys.argv[1:] if argv is None else argv)
     typed = _typed(argv, config)
     settings: dict[str, Any] = {}
-    if trained_with is not None and typed.get("model_path"):
-        settings |= of_checkpoint(config, typed["model_path"], trained_with)
+    path = typed.get("model_path", _usual_checkpoint(config))
+    if trained_with is not None and path and _HELP.isdisjoint(argv):
+        settings |= of_checkpoint(config, path, trained_with)
     if typed.get("config"):
         recipe = read_recipe(typed["config"], *[each for each in (config, recipes) if each])
         settings |= {name: recipe[name] for name in config.names() if name in recipe}
@@ -151,6 +154,12 @@ def parse(
         default=config.of(**settings),
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.SuppressFixed),
     )
+
+
+def _usual_checkpoint(config: type[Config]) -> str:
+    """The checkpoint that a script takes where none is typed; empty if it wants to be told."""
+    paths = config().flat().get("model_path")
+    return paths[0] if paths else ""
 
 
 def of_checkpoint(

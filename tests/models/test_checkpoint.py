@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from asl.errors import DataError, UsageError
@@ -134,6 +134,55 @@ def test_a_file_without_averaged_weights_has_one_set(tmp_path):
 def test_safetensors_are_known_by_what_is_in_them(name, tmp_path):
     save_file(WEIGHTS, tmp_path / name)
     assert checkpoint.load(tmp_path / name)["model"].keys() == WEIGHTS.keys()
+
+
+def in_order(weights):
+    """As in `WEIGHTS`: the format sorts tensors in a way of its own."""
+    return {name: weights[name] for name in sorted(weights, reverse=True)}
+
+
+def test_a_safetensors_file_keeps_the_best_weights_and_all_that_is_said_of_them(tmp_path):
+    path = tmp_path / "run.safetensors"
+    sets = {"ema": WEIGHTS, "regular": {name: -x for name, x in WEIGHTS.items()}, "best": "regular"}
+    values = torch.tensor([0.1, 1 / 3], dtype=torch.float64)
+    rest = {"config": {"lr": 1e-4, "note": None}, "thresholds": {"rule": "f1", "values": values}}
+    names = {0: "cat", 1: "dög"}
+    checkpoint.save(path, {**sets, "num_classes": 2, "idx_to_class": names, **rest})
+    loaded = checkpoint.load(path)
+    assert_same(in_order(loaded["model"]), sets["regular"])
+    assert torch.equal(loaded["thresholds"].pop("values"), values)
+    assert loaded["thresholds"] == {"rule": "f1"}
+    assert loaded["config"] == rest["config"]
+    assert loaded["idx_to_class"] == names
+    assert "ema" not in loaded
+    assert_same(in_order(load_file(path)), sets["regular"])  # as any other program reads it
+
+
+def test_a_safetensors_file_of_this_project_can_be_amended(tmp_path):
+    path = tmp_path / "run.safetensors"
+    checkpoint.save(path, {"model": WEIGHTS, "num_classes": 2})
+    checkpoint.amend(path, {"thresholds": torch.ones(2)}, checkpoint.version(path))
+    loaded = checkpoint.load(path)
+    assert_same(in_order(loaded["model"]))
+    assert torch.equal(loaded["thresholds"], torch.ones(2))
+    assert loaded["num_classes"] == 2
+    with pytest.raises(TypeError, match="tensors and plain values only"):
+        checkpoint.save(path, {"model": WEIGHTS, "extra": {RunsCode()}})
+    assert checkpoint.load(path)["num_classes"] == 2
+
+
+def test_tensors_that_share_memory_or_are_in_channels_last_go_into_a_safetensors_file(tmp_path):
+    image = torch.rand(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    checkpoint.save(tmp_path / "a.safetensors", {"model": {"a": image, "b": image, "c": image[0]}})
+    loaded = checkpoint.load(tmp_path / "a.safetensors")
+    assert_same(loaded["model"], {"a": image, "b": image, "c": image[0]})
+
+
+@pytest.mark.parametrize("header", ["[1]", "{", '{"x": {"dtype": "torch.qint8", "values": [1]}}'])
+def test_a_header_that_is_none_of_ours_is_a_damaged_file(header, tmp_path):
+    save_file(WEIGHTS, tmp_path / "a.safetensors", {"asl": header})
+    with pytest.raises(DataError, match=r"a\.safetensors: damaged or not a checkpoint"):
+        checkpoint.load(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize(

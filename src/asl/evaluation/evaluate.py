@@ -23,6 +23,7 @@ from asl.evaluation import calibration, thresholds
 from asl.evaluation.crossfit import FOLDS, Table
 from asl.evaluation.judge import Judge, Origin, stored_calibration, stored_thresholds
 from asl.evaluation.provenance import provenance
+from asl.evaluation.published import published
 from asl.evaluation.score import Scorer
 from asl.evaluation.settings import DEFAULT_THRESHOLD, MeasureSettings, ValidateConfig
 from asl.metrics import Protocol, evaluate_scores, f1_scores, mean_average_precision
@@ -45,7 +46,8 @@ def evaluate(config: ValidateConfig) -> dict[str, Any]:
 
     "tuned_on" and "calibration" are there if the checkpoint has thresholds and a calibration of its
     own: where they come from, and what the calibration does to ECE and Brier score here. "notes"
-    tells which of these are not used, and why.
+    tells which of these are not used, and why. "published" compares with the mAP that the
+    checkpoint was published with, if it was.
 
     With `tune_thresholds` the figures of `thresholds.cross_fitted` are under "tuning", with
     `calibrate` those of `calibration.cross_fitted` are under "calibration". What was chosen, on all
@@ -112,7 +114,8 @@ def evaluate(config: ValidateConfig) -> dict[str, Any]:
     }
     if wanted.report:
         _report(config, about, scores.numpy(), dataset, names, judge, other, features)
-    return {**about, **figures, **judged, **provenance()}
+    found = {**about, **figures, **judged, **provenance()}
+    return found | published(paths, found)
 
 
 def _prepared(wanted: MeasureSettings) -> "Resampled | None":

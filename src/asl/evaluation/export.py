@@ -3,7 +3,6 @@
 What is written was loaded and compared with PyTorch before.
 """
 
-import hashlib
 import importlib
 import io
 import json
@@ -33,6 +32,7 @@ from asl.images.loader import Batch, Batches
 from asl.images.prepare import preparation
 from asl.metrics import mean_average_precision
 from asl.models.settings import DeviceSettings
+from asl.models.zoo import sha256
 
 Preprocessing = Literal["none", "normalize", "resize"]
 Run = Callable[[Tensor], Tensor]  # what a loaded file makes of its input: scores
@@ -131,7 +131,7 @@ def metadata(config: ExportConfig, scorer: Scorer) -> dict[str, Any]:
         "std": list(std),
         "model": list(scorer.names),
         "checkpoint": list(paths),
-        "checkpoint_sha256": [_sha256(path) for path in paths],
+        "checkpoint_sha256": [sha256(path) for path in paths],
         "weights": list(scorer.weights),
         **provenance(),
     }
@@ -139,11 +139,6 @@ def metadata(config: ExportConfig, scorer: Scorer) -> dict[str, Any]:
 
 def _one_label(path: str) -> bool:
     return trained_with(path).get("loss") == "asl_single"
-
-
-def _sha256(path: str) -> str:
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class FromPixels(nn.Module):

@@ -14,8 +14,10 @@ from asl import __version__
 
 def provenance() -> dict[str, str]:
     """The command that is running, the commit of this code, and the versions of the libraries."""
+    started = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m PACKAGE`
+    program = ["-m", started.name.removesuffix(".__main__")] if started else sys.argv[:1]
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *program, *sys.argv[1:]]),
         "commit": commit(),
         "versions": f"asl {__version__}, torch {torch.__version__}, timm {timm.__version__}",
     }

@@ -16,6 +16,7 @@ from asl.models.settings import DeviceSettings, TrainedModelSettings
 Explanation = Literal["gradcam", "attention"]
 _THRESHOLD = ("--thre", "--th")  # the official scripts' names of it
 DEFAULT_THRESHOLD = 0.8
+DEFAULT_MODEL = "zoo:voc2007_lite0"  # of infer.py
 # What a checkpoint knows of the model that its weights are for, and of the images that it saw.
 OF_THE_MODEL = ("model_name", "head", "image_size", "exif_rotate")
 _NUMBER = r"[0-9]{1,3}(\.[0-9]{1,3})?"
@@ -210,9 +211,16 @@ class PredictorConfig(Config):
     run: DeviceSettings = DeviceSettings()
 
 
+class _OfZoo(TrainedModelSettings):
+    model_path: tuple[str, ...] = (DEFAULT_MODEL,)
+    """file of weights: official, timm's or this project's, or zoo:NAME or hf-hub:OWNER/NAME;
+    several: the mean of their scores; default: a small model of the 20 classes of Pascal VOC"""
+
+
 class InferConfig(PredictorConfig):
     """All settings of infer.py."""
 
+    model: TrainedModelSettings = _OfZoo()
     evaluation: PictureSettings = PictureSettings()
 
 

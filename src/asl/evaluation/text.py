@@ -98,7 +98,9 @@ def evaluation_text(figures: Mapping[str, Any]) -> str:
         named = [figures["checkpoint"], figures["weights"]]
         if isinstance(figures["checkpoint"], str):
             named = [[each] for each in named]
-        lines += [f"checkpoint  {path} ({set_} weights)" for path, set_ in zip(*named, strict=True)]
+        for path, weights in zip(*named, strict=True):
+            checked = "; SHA-256 as published" if path.startswith("zoo:") else ""
+            lines.append(f"checkpoint  {path} ({weights} weights{checked})")
         data = f"{figures['dataset']} {figures['split']} at {figures['image_size']} px"
         lines.append(f"data        {data}")
         if figures.get("tta"):
@@ -118,6 +120,8 @@ def evaluation_text(figures: Mapping[str, Any]) -> str:
     if figures["protocol"] == "partial":
         weighted = _number(figures["weighted_mAP"], 2)
         lines.append(f"            {weighted} (weighted by the positives of each class)")
+    if "published" in figures:
+        lines.append(_published(figures["published"]))
 
     lines += _at_thresholds(figures)
     if "tuning" in figures:
@@ -135,6 +139,14 @@ def evaluation_text(figures: Mapping[str, Any]) -> str:
     else:
         lines += ["", *_class_table(classes)]
     return "\n".join(lines)
+
+
+def _published(found: Mapping[str, Any]) -> str:
+    """What `published.published` found."""
+    text = f"published   {_number(found['mAP'], 2)}"
+    if found["differing"]:
+        return f"{text}, but measured otherwise: {', '.join(found['differing'])}"
+    return f"{text}: {'as measured here' if found['agrees'] else 'NOT what was measured here'}"
 
 
 def _at_thresholds(figures: Mapping[str, Any]) -> list[str]:

@@ -5,9 +5,13 @@ A checkpoint is the official format and more: `{"model": weights, "num_classes":
 "regular", and under "best" the name of the set that scored higher. "model" is that set, and shares
 its tensors, so a file holds every tensor once. validate.py may add "thresholds" and "calibration"
 (see `evaluation.judge`).
+
+A file whose name ends in .safetensors has the tensors of "model" as every program reads them, and
+the other entries as JSON in its header, under "asl".
 """
 
 import argparse
+import json
 import os
 import pickle
 import re
@@ -19,11 +23,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from asl.atomic import replacing
 from asl.errors import DataError, UsageError
+from asl.models.zoo import is_name, local_file
 
 
 class _DType:
@@ -56,13 +63,19 @@ _HARMLESS: list[Any] = [
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
 # Names of the same entries in files of timm's training script and of many others.
 _ENTRIES = {"state_dict": "model", "state_dict_ema": "ema", "model_ema": "ema"}
+_SAFETENSORS = ".safetensors"
+_HEADER = "asl"  # what the header of such a file calls the other entries
+_SETS = ("model", "ema", "regular", "best")
+# Tensors among those: thresholds, and the numbers of a calibration.
+_TYPES = {str(kind): kind for kind in (torch.float64, torch.float32, torch.int64)}
 
 
 def save(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
     """Write `checkpoint` to `path`: whole and on the disk when this returns, or not at all.
 
     With a "best" entry ("ema" or "regular"), "model" becomes that very set. A file that is already
-    at `path` is replaced in one step at the end. A failure leaves it as it was.
+    at `path` is replaced in one step at the end. A failure leaves it as it was. A path that ends in
+    .safetensors gets a file of that format, with "model" as its one set of weights.
 
     Raises `DataError` where the file cannot be written (full disk, folder gone, no permission), and
     TypeError for content that `load` would refuse: anything but tensors and plain Python values.
@@ -75,6 +88,9 @@ def save(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
 def _write(path: str | Path, content: Mapping[str, Any]) -> None:
     try:
         with replacing(path) as file:
+            if Path(path).suffix == _SAFETENSORS:
+                file.write(_as_safetensors(content))
+                return
             torch.save(dict(content), file)
             with torch.serialization.safe_globals(_HARMLESS):
                 refused = torch.serialization.get_unsafe_globals_in_checkpoint(file.name)
@@ -86,20 +102,48 @@ def _write(path: str | Path, content: Mapping[str, Any]) -> None:
         raise DataError(f"{path}: the checkpoint cannot be written: {_reason(cause)}") from error
 
 
+def _as_safetensors(content: Mapping[str, Any]) -> bytes:
+    def plain(value: Any) -> dict[str, Any]:
+        if isinstance(value, Tensor) and str(value.dtype) in _TYPES:
+            return {"dtype": str(value.dtype), "values": value.tolist()}
+        raise TypeError(f"a checkpoint holds tensors and plain values only, not {type(value)}")
+
+    others = {name: value for name, value in content.items() if name not in _SETS}
+    # Tensors are copied: the format wants each in the usual layout, and in memory of its own.
+    tensors = {name: x.contiguous().clone() for name, x in content["model"].items()}
+    header = {"format": "pt", _HEADER: json.dumps(others, default=plain)}
+    return safetensors_bytes(tensors, header)
+
+
+def _from_safetensors(path: Path) -> dict[str, Any]:
+    def tensors(value: dict[str, Any]) -> Any:
+        if value.keys() != {"dtype", "values"}:
+            return value
+        return torch.tensor(value["values"], dtype=_TYPES[value["dtype"]])
+
+    with safe_open(path, "pt") as file:
+        header = (file.metadata() or {}).get(_HEADER)
+    if header is None:  # of another program
+        return load_file(path)
+    return {**json.loads(header, object_hook=tensors), "model": load_file(path)}
+
+
 def version(path: str | Path) -> tuple[int, ...]:
     """Which content a file has, for `amend`: it changes when the file is written or replaced.
 
-    Raises `UsageError` where that file cannot be amended: it has no entries beside its weights, or
-    its folder cannot be written to. Raises what `load` does.
+    Raises `UsageError` where that file cannot be amended: it is one of the zoo or the hub, has no
+    entries beside its weights, or its folder cannot be written to. Raises what `load` does.
     """
+    if is_name(path):
+        raise UsageError(f"{path} stays as it was published: copy the file, and change the copy")
     path = Path(path).resolve()
     content = _read(path)
     if not isinstance(content, Mapping) or not any(
         isinstance(content.get(name), Mapping) for name in ("model", "state_dict")
     ):
         raise UsageError(
-            f"{path} holds weights alone, as .safetensors files do: only a checkpoint of this "
-            "project or an official one has room for more"
+            f"{path} holds weights alone, as .safetensors files of others do: only a checkpoint of "
+            "this project or an official one has room for more"
         )
     if not os.access(path.parent, os.W_OK):
         raise UsageError(f"{path} is to be changed, but {path.parent} cannot be written to")
@@ -125,7 +169,8 @@ def load(path: str | Path) -> dict[str, Any]:
 
     Returns its entries, of which three are always there: "model" (tensors by name, on the CPU,
     without the prefixes of wrappers), "num_classes" (or None) and "idx_to_class" (class names by
-    number, in that order, or None). A bare state dict or a .safetensors file comes back as "model".
+    number, in that order, or None). A bare state dict comes back as "model". `path` may be a name
+    that `zoo.local_file` knows.
     A file with averaged weights also has "ema", "regular", and "best" ("ema" or "regular"), and
     "model" is the best set. Files of timm's training do not say which set is best. It is "ema"
     then: timm ranks its checkpoints by the averaged weights, and its own loader prefers them.
@@ -133,9 +178,9 @@ def load(path: str | Path) -> dict[str, Any]:
     they are used.
 
     Raises `DataError`, naming the file, if it is missing, damaged, not a checkpoint, or if reading
-    it would run code.
+    it would run code, and `UsageError` for a name that is none.
     """
-    path = Path(path)
+    path = local_file(path)
     content = _read(path)
     if not isinstance(content, Mapping):
         raise DataError(f"{path}: holds a {type(content).__name__}, not the weights of a model")
@@ -171,7 +216,7 @@ def _read(path: Path) -> Any:
         raise DataError(f"{path}: not a checkpoint: {what}; was a download cut off or refused?")
     try:
         if is_safetensors:
-            return load_file(path)
+            return _from_safetensors(path)
         packed, unpacked = path.stat().st_size, _unpacked_size(path) if is_zip else 0
         if unpacked <= packed:
             with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():

@@ -25,7 +25,7 @@ class NewModelSettings(ModelSettings):
     """A model to train: from random weights, from a file, or from timm's hub."""
 
     model_path: str = ""
-    """file of weights: official, timm's or this project's"""
+    """file of weights: official, timm's or this project's, or zoo:NAME or hf-hub:OWNER/NAME"""
     pretrained: bool = False
     """start from timm's ImageNet weights, fetched from its hub"""
     drop_path: Annotated[OptionalFloat, Field(ge=0, le=0.99)] = None
@@ -36,7 +36,8 @@ class TrainedModelSettings(ModelSettings):
     """A model to use, or several whose scores are averaged."""
 
     model_path: tuple[str, ...] = ()
-    """file of weights: official, timm's or this project's; several: the mean of their scores"""
+    """file of weights: official, timm's or this project's, or zoo:NAME or hf-hub:OWNER/NAME;
+    several: the mean of their scores"""
     weights: Weights = "best"
     """which set of a checkpoint of train.py to use: averaged, regular, or the one that was
     better when the checkpoint was written"""
