@@ -50,7 +50,7 @@ VOC ?= VOCdevkit
 WEIGHTS ?= tf_efficientnet_lite0.safetensors
 reference: setup  ## does training here reach what it should? needs VOC=VOCdevkit WEIGHTS=LITE0.safetensors
 	$(BIN)/python train.py $(VOC) --config configs/voc2007_lite0_160_features.yaml --missing-images skip \
-		--model-path $(WEIGHTS) --reference voc2007_lite0 --seed 1 --output runs/reference --overwrite
+		--model-path $(WEIGHTS) --reference voc2007_lite0 --seed 20 --output runs/reference --overwrite
 
 clean:  ## remove the environment, runs and drawn data
 	rm -rf .venv runs data .pytest_cache .mypy_cache .ruff_cache
