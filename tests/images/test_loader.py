@@ -216,7 +216,7 @@ def test_the_image_cache_changes_no_pixel(augment, pictures, tmp_path):
         list(batches_of(annotations, 4, augment=augment, cache_dir=folder).epoch(0))
         for folder in (tmp_path / "cache", "")
     )
-    assert list((tmp_path / "cache").glob("*.images"))
+    assert list((tmp_path / "cache").glob("*/*.shard"))
     for one, other in zip(read, cached, strict=True):
         assert torch.equal(one.images, other.images)
 

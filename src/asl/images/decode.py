@@ -29,7 +29,7 @@ from torch.nn.functional import interpolate
 from asl.data.extents import extent
 from asl.data.files import EXTENSIONS
 from asl.errors import DataError
-from asl.images.settings import MAX_PIXELS
+from asl.images.settings import MAX_PIXELS, ImageSettings
 from asl.images.torch_private import decode_jpeg
 
 # A JPEG may come in scans, each of which visits every pixel: about ten in a progressive one. A
@@ -243,6 +243,15 @@ def squish(image: Tensor, size: int, out: Tensor | None = None) -> Tensor:
         batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
         image = interpolate(batch, size=(size, size), mode="bilinear", antialias=True)[0]
     return out.copy_(image)
+
+
+def read_squished(path: str | Path, settings: ImageSettings, out: Tensor | None = None) -> Tensor:
+    """The picture in a file, squished: (3, S, S) uint8, read and sized as the settings say.
+
+    All images of a data set are read by this. Raises what `read_image` does.
+    """
+    image = read_image(path, settings.max_pixels, settings.exif_rotate)
+    return squish(image, settings.image_size, out)
 
 
 def find_images(path: str | os.PathLike[str]) -> tuple[Path, npt.NDArray[np.bytes_]]:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakSet, finalize
 
@@ -23,7 +22,7 @@ from asl.distributed import rank, world_size
 from asl.errors import DataError
 from asl.images.augment import apply, draw
 from asl.images.cache import ImageCache
-from asl.images.decode import read_image, squish
+from asl.images.decode import read_squished
 from asl.images.settings import AugmentSettings, ImageSettings, Policy
 from asl.images.slots import Slots
 from asl.images.torch_private import shut_down_workers
@@ -91,15 +90,7 @@ class Batches:
         workers = default_workers() if settings.workers is None else settings.workers
         cache = None
         if settings.cache_dir:
-            cache = ImageCache.open(
-                Path(settings.cache_dir),
-                annotations,
-                settings.image_size,
-                workers=workers,
-                max_pixels=settings.max_pixels,
-                exif_rotate=settings.exif_rotate,
-                bad=bad_images,
-            )
+            cache = ImageCache.open(annotations, settings, workers=workers, bad=bad_images)
         self._sampler = RankSampler(len(annotations), settings.batch_size, shuffle, seed)
         workers = min(workers, self._sampler.steps)
         self._slots = Slots(
@@ -115,13 +106,12 @@ class Batches:
         )
         self._filler = _SlotFiller(
             annotations,
+            settings,
             self._slots,
             seed,
             policy="none" if on_device else policy,
             cache=cache,
             skip=bad_images == "skip",
-            max_pixels=settings.max_pixels,
-            exif_rotate=settings.exif_rotate,
         )
         self._loader = _loader(self._filler, self._sampler, workers, nice=device.type == "cpu")
         self.annotations = annotations
@@ -264,13 +254,12 @@ class _SlotFiller(Dataset[tuple[RankBatch, DataError | None]]):
     """Reads the images and targets of a batch into its slot; the item is what was asked for."""
 
     annotations: Annotations
+    settings: ImageSettings
     slots: Slots
     seed: int
     policy: Policy
     cache: ImageCache | None
     skip: bool
-    max_pixels: int
-    exif_rotate: bool
 
     def __post_init__(self) -> None:
         # Shared by the workers, which mark what they could not read.
@@ -303,9 +292,7 @@ class _SlotFiller(Dataset[tuple[RankBatch, DataError | None]]):
                 if self.cache is not None:
                     self.cache.read(row, image)
                 else:
-                    path = self.annotations.path(row)
-                    pixels = read_image(path, self.max_pixels, self.exif_rotate)
-                    squish(pixels, image.shape[-1], out=image)
+                    read_squished(self.annotations.path(row), self.settings, out=image)
                 return row
             except DataError as error:
                 if not self.skip:
