@@ -5,6 +5,8 @@ import pickle
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -98,10 +100,15 @@ def test_the_cache_gives_the_same_pixels_as_the_files(annotations, folder, worke
     assert_same_images(opened(folder, annotations, workers=workers), annotations)
 
 
-def test_the_cache_gives_the_same_pixels_as_photographs(voc_root, folder):
+@pytest.fixture
+def photographs(voc_root):
+    """Some twenty of VOC."""
     root = voc_root / "VOC2007" / "JPEGImages"
     files = sorted(os.fsencode(file.name) for file in root.glob("*.jpg"))[::250]
-    photographs = Annotations.unlabelled(root, np.array(files), ("a",))
+    return Annotations.unlabelled(root, np.array(files), ("a",))
+
+
+def test_the_cache_gives_the_same_pixels_as_photographs(photographs, folder):
     assert_same_images(opened(folder, photographs, image_size=448), photographs)
 
 
@@ -206,14 +213,18 @@ def test_two_data_sets_may_call_different_pictures_by_one_name(annotations, fold
             assert_same_images(opened(folder, each), each)
 
 
-@pytest.mark.parametrize("change", ["size", "exif", "decoder"])
+@pytest.mark.parametrize("change", ["size", "exif", "draft", "decoder"])
 def test_what_changes_the_pixels_goes_into_another_folder(annotations, folder, monkeypatch, change):
     exif = Image.Exif()
     exif[0x0112] = 6
     with Image.open(annotations.path(3)) as picture:
         picture.save(annotations.path(3), exif=exif)
     first = read(opened(folder, annotations), 3)
-    changed = {"size": {"image_size": 2 * SIZE}, "exif": {"exif_rotate": True}}.get(change, {})
+    changed = {
+        "size": {"image_size": 2 * SIZE},
+        "exif": {"exif_rotate": True},
+        "draft": {"draft_decode": True},
+    }.get(change, {})
     if change == "decoder":
         shards.fingerprint.cache_clear()
         monkeypatch.setattr(
@@ -224,15 +235,15 @@ def test_what_changes_the_pixels_goes_into_another_folder(annotations, folder, m
         assert_same_images(cache, annotations)
     assert len({path.parent for path in files_in(folder)}) == 2
     shards.fingerprint.cache_clear()
-    assert change == "decoder" or not torch.equal(first, read(cache, 3)[:, :SIZE, :SIZE])
+    assert change in ("draft", "decoder") or not torch.equal(first, read(cache, 3)[:, :SIZE, :SIZE])
 
 
 def test_the_fingerprint_is_that_of_pixels_and_not_of_versions(monkeypatch):
-    usual = shards.fingerprint(False)
+    usual = shards.fingerprint(False, False)
     shards.fingerprint.cache_clear()
     for module in ("torch", "torchvision", "PIL"):
         monkeypatch.setattr(f"{module}.__version__", "0.0")
-    assert shards.fingerprint(False) == usual
+    assert shards.fingerprint(False, False) == usual
 
 
 def test_keys_of_paths_differ_and_do_not_depend_on_the_longest_path():
@@ -349,6 +360,103 @@ def test_a_cache_that_is_cut_short_while_in_use_is_an_error(annotations, folder)
     os.truncate(files_in(folder)[0], 8192 + 5 * IMAGE + 1)
     with pytest.raises(DataError, match="cut short"):
         read(cache, 5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_jpegs_are_nearly_the_same_pixels_in_a_fraction_of_the_space(photographs, folder, workers):
+    raw, better, worse = (
+        opened(folder, photographs, image_size=224, cache_format=each, workers=workers)
+        for each in ("raw", "jpeg:95", "jpeg:50")
+    )
+    off = []
+    for cache in (raw, better, worse):
+        pairs = [(read(cache, index), read(raw, index)) for index in range(len(photographs))]
+        off.append(np.mean([(a.int() - b.int()).abs().float().mean() for a, b in pairs]))
+    assert off[0] == 0 < off[1] < 2 < off[2] < 8
+    sizes = [path.stat().st_size for path in files_in(folder)]
+    assert sizes[0] > 5 * sizes[1] > 10 * sizes[2]
+    image = torch.empty(224, 224, 3, dtype=torch.uint8).permute(2, 0, 1)
+    better.read(0, image)
+    assert torch.equal(image, read(better, 0))
+
+
+def test_the_space_for_jpegs_is_estimated_from_some(photographs, folder):
+    settings = wanted(folder, image_size=224, cache_format="jpeg:95")
+    needed = bytes_to_build(photographs, settings)
+    ImageCache.open(photographs, settings, workers=0)
+    [shard] = files_in(folder)
+    assert needed == pytest.approx(shard.stat().st_size, rel=0.2)
+
+
+def test_a_jpeg_that_is_damaged_is_an_error_where_it_is_read(annotations, folder):
+    cache = opened(folder, annotations, cache_format="jpeg:95")
+    [path] = files_in(folder)
+    overwrite(path, int(shards.Shard.load(path).rows["offset"][1]), bytes(300))
+    with pytest.raises(DataError, match="has a damaged image: to build it anew, remove it"):
+        read(cache, 1)
+
+
+@pytest.mark.parametrize("wrong", ["png", "jpeg:0", "jpeg:101", "jpeg", "rawer"])
+def test_a_format_that_is_none_is_refused(folder, wrong):
+    with pytest.raises(UsageError, match="cache_format"):
+        wanted(folder, cache_format=wrong)
+    with pytest.raises(UsageError, match="there is no cache_dir"):
+        ImageSettings(cache_format="jpeg:90")
+
+
+def command(*arguments):
+    """What the command says, and its exit code."""
+    done = subprocess.run(
+        [sys.executable, "-m", "asl.images.cache", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(build.__file__).parents[3])},
+    )
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr, done.returncode
+
+
+def test_the_command_lists_verifies_and_prunes(annotations, folder, small_shards, tmp_path):
+    opened(folder, annotations)
+    opened(folder, annotations, image_size=8)
+    said, code = command(folder)
+    assert code == 0
+    assert f"40 images, 0.00 GB in 5 shards, of {annotations.root}" in said
+    assert "8px-raw" in said
+
+    first = next(path for path in files_in(folder) if path.parent.name.startswith("32"))
+    rows = shards.Shard.load(first).rows
+    overwrite(first, int(rows["offset"][5]) + 3, b"?!")  # not one that every opening looks at
+    assert command(folder)[1] == 0
+    said, code = command(folder, "--verify")
+    assert code == DataError.exit_code
+    assert f"{first} has a damaged image (number 5)\n" in said
+
+    (folder / "train-448px-0.images").touch()
+    (first.parent / f".{'0' * 32}.shard.1.part").touch()
+    for index in range(8, 16):  # a data set that is not there is no reason: it may be mounted again
+        Path(annotations.path(index)).unlink()
+    shutil.move(annotations.root, tmp_path / "away")
+    assert "removed" in command(folder, "--verify", "--prune")[0]
+    assert len(files_in(folder)) == 5
+    shutil.move(tmp_path / "away", annotations.root)
+    assert "no picture that is as it was: removed" in command(folder, "--prune")[0]
+    assert len(files_in(folder)) == 4
+    assert command(folder) == (command(folder, "--prune")[0], 0)
+    assert command(tmp_path / "none")[1] == UsageError.exit_code
+
+
+def test_shards_of_other_decoders_are_pruned(annotations, folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "fingerprint", lambda *_: "0123456789abcdef")
+        opened(folder, annotations)
+    opened(folder, annotations)
+    said, code = command(folder)
+    assert code == DataError.exit_code
+    assert "was made by other decoders\n" in said
+    command(folder, "--prune")
+    assert_same_images(opened(folder, annotations), annotations)
+    assert len(files_in(folder)) == 1
 
 
 def test_too_little_disk_space_is_said_before_anything_is_built(annotations, folder, monkeypatch):

@@ -30,6 +30,11 @@ def extent(path: str | os.PathLike[str]) -> Extent:
     return Extent(found[1], int(found[2]), int(found[3])) if found else Extent(path)
 
 
+def size_of(path: str) -> int:
+    """How many bytes an image has. Raises `OSError` where its file or shard is not there."""
+    return size_and_time(path)[0]
+
+
 def size_and_time(path: str) -> tuple[int, int]:
     """How many bytes an image has, and when its file was changed, in nanoseconds.
 

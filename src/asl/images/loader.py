@@ -101,7 +101,7 @@ class Batches:
             annotations.num_classes,
             targets=torch.float32 if annotations.soft else torch.int8,
             # To part the channels is a fifth of the work of reading.
-            planar=policy != "none" or cache is not None,
+            planar=policy != "none" or (cache is not None and cache.planar),
             shared=workers > 0,
         )
         self._filler = _SlotFiller(

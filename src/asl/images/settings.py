@@ -1,11 +1,12 @@
 """What can be said of images on their way from files to batches."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import tyro
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from asl.config import Settings
+from asl.errors import UsageError
 
 MAX_PIXELS = 89_478_485  # Pillow's: above it a picture may be a decompression bomb
 
@@ -26,10 +27,21 @@ class ImageSettings(Settings):
     """processes that load images; 0: none; default: one per core, up to 16"""
     cache_dir: str = ""
     """keep the squished images in this folder"""
+    cache_format: Annotated[str, Field(pattern=r"^(raw|jpeg:([1-9][0-9]?|100))$")] = "raw"
+    """how they are kept there: raw, the same pixels, or jpeg:QUALITY such as jpeg:95, a tenth"""
     max_pixels: Annotated[int, Field(ge=1)] = MAX_PIXELS
     """refuse larger pictures before they are decoded, as they could fill the memory"""
+    draft_decode: bool = False
+    """decode JPEGs at a half, a quarter or an eighth where they are that many times image_size:
+    faster for large photographs, and not quite the same pixels"""
     exif_rotate: bool = False
     """turn photographs as their EXIF says, most of all those of telephones; the papers did not"""
+
+    @model_validator(mode="after")
+    def _check_cache(self) -> Self:
+        if self.cache_format != "raw" and not self.cache_dir:
+            raise UsageError(f"cache_format is {self.cache_format}, but there is no cache_dir")
+        return self
 
 
 class AugmentSettings(Settings):

@@ -58,7 +58,7 @@ def _dry_run(config: TrainConfig, device: torch.device, there: bool) -> str:
     existing = Path(config.data.data).exists()
     train_set, val_set = read_splits(config, device, write_cache=False)
     run = Run(config)
-    uncached = config.with_settings(cache_dir="")
+    uncached = config.with_settings(cache_dir="", cache_format="raw")
     batches = training_batches(uncached, train_set, device)
     val_batches = Batches(val_set, uncached.images, device=device)
     few = uncached.with_settings(batch_size=min(SAMPLES * world_size(), len(train_set)), workers=0)

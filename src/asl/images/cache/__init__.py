@@ -13,9 +13,9 @@ from torch import Tensor
 
 from asl.data.annotations import Annotations
 from asl.errors import DataError, UsageError
-from asl.images.cache.build import build_shards
+from asl.images.cache.build import build_shards, image_bytes
 from asl.images.cache.find import Search
-from asl.images.cache.shards import Kind
+from asl.images.cache.shards import Damaged, Kind
 from asl.images.decode import read_squished
 from asl.images.settings import BadImages, ImageSettings
 
@@ -47,7 +47,8 @@ class ImageCache:
     ) -> "ImageCache":
         """The cache of these images in `settings.cache_dir`; `workers` processes build what lacks.
 
-        What it returns for an image is `read_squished(path, settings)`, to the bit.
+        What it returns for an image is `read_squished(path, settings)`, to the bit where images are
+        kept raw.
 
         An image belongs to the path of its file in the folder of the data set, and to the size and
         the time of change of that file. All splits and data sets share the shards, and images that
@@ -81,8 +82,15 @@ class ImageCache:
     def __len__(self) -> int:
         return len(self.annotations)
 
+    @property
+    def planar(self) -> bool:
+        """Whether images come channel by channel, which is how raw ones are kept."""
+        return not self.kind.quality
+
     def read(self, index: int, out: Tensor) -> None:
-        """Copy image `index` into `out`, a contiguous (3, S, S) uint8 tensor on the CPU.
+        """Copy image `index` into `out`, a (3, S, S) uint8 tensor on the CPU.
+
+        It must be contiguous where the cache is `planar`; others come faster channels last.
 
         An image that could not be read when the cache was built is read from its file: usually that
         raises the same `DataError` as then.
@@ -94,11 +102,13 @@ class ImageCache:
         shard = int(self._shard[index])
         try:
             descriptor = self._descriptor(shard)
-            copied = self.kind.unpack(descriptor, int(self._offset[index]), length, out)
+            self.kind.unpack(descriptor, int(self._offset[index]), length, out)
         except OSError as error:
             raise DataError(f"{self._paths[shard]}: {error.strerror}") from error
-        if copied != length:
-            raise DataError(f"{self._paths[shard]} was cut short: start again, to build it anew")
+        except Damaged as error:
+            raise DataError(
+                f"{self._paths[shard]} {error}: to build it anew, remove it and start again"
+            ) from None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_descriptors": {}}  # a spawned process opens the files itself
@@ -116,7 +126,7 @@ class ImageCache:
 
 
 def bytes_to_build(annotations: Annotations, settings: ImageSettings) -> int:
-    """How much opening a cache of these images would write. Writes nothing itself."""
+    """How much opening a cache of these images would write, about. Writes nothing itself."""
     kind = Kind.of(settings)
     missing = Search(annotations, Path(settings.cache_dir) / kind.name).missing(mend=False)
-    return len(missing) * kind.raw_bytes
+    return len(missing) * image_bytes(missing, settings)

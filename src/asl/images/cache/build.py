@@ -15,7 +15,7 @@ import signal
 import uuid
 import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -34,6 +34,7 @@ from asl.images.decode import read_squished
 from asl.images.settings import BadImages, ImageSettings
 
 SHARD_BYTES = 10**9  # of images: seconds of work, which a killed build loses
+SAMPLES = 16  # images whose JPEGs say how large all are: up to twice as many
 CHUNK = 16  # images that a worker squishes before it writes them
 PLANNING = 0  # the byte of the lock file that a builder holds while it looks for work
 DRAFTS = f".*{SUFFIX}.*.part"  # what `atomic.replacing` calls them
@@ -49,10 +50,10 @@ def build_shards(
     """
     folder.mkdir(parents=True, exist_ok=True)
     builder = _Builder(missing, folder, Kind.of(settings))
-    image_bytes = builder.kind.raw_bytes
-    _check_space(builder, image_bytes)
+    each = image_bytes(missing, settings)
+    _check_space(builder, each)
     # Ranks share what is little; what is much makes full shards.
-    per_shard = min(-(-len(missing) // world_size()), max(1, SHARD_BYTES // image_bytes))
+    per_shard = min(-(-len(missing) // world_size()), max(1, SHARD_BYTES // each))
     title = f"image cache at {settings.image_size} px"
     with (
         (folder / ".lock").open("ab") as locks,
@@ -70,6 +71,18 @@ def build_shards(
                     _fill(draft.shard, images, workers, progress)
             if not len(chosen):
                 builder.wait(locks, others)
+
+
+def image_bytes(missing: Missing, settings: ImageSettings) -> int:
+    """What an image takes: in JPEGs, the mean of some, rounded up."""
+    kind, lengths = Kind.of(settings), list[int]()
+    if not kind.quality:
+        return kind.raw_bytes
+    for index in missing.indices[:: max(1, len(missing) // SAMPLES)].tolist():
+        with suppress(DataError):
+            image = read_squished(missing.annotations.path(index), settings)
+            lengths.append(len(kind.pack(image)))
+    return -(-sum(lengths) // len(lengths)) if lengths else kind.raw_bytes
 
 
 class _Draft(NamedTuple):
@@ -95,18 +108,13 @@ class _Builder:
     def plan(self, locks: BinaryIO, most: int) -> tuple[list[int], npt.NDArray[np.int64]]:
         """The locks of drafts that others fill with our images, and up to `most` for a new draft.
 
-        Removes the drafts of those that were killed, and marks what has come in new shards. Drafts
-        are looked at first: one that is finished meanwhile is then found among the shards.
+        Marks what has come in new shards, too. Drafts are looked at first: one that is finished
+        meanwhile is then found among the shards.
         """
         others, theirs = [], [np.empty(0, np.int64)]
-        for path in self.folder.glob(DRAFTS):
-            number = _number(path.name.split(".")[1])
-            try:
-                with _held(locks, number, wait=False):
-                    path.unlink(missing_ok=True)
-            except (BlockingIOError, PermissionError):
-                theirs.append(self._within(path))
-                others += [number] if len(theirs[-1]) else []
+        for path, number in _live_drafts(self.folder, locks):
+            theirs.append(self._within(path))
+            others += [number] if len(theirs[-1]) else []
         for path in self.folder.glob(f"*{SUFFIX}"):
             if path.name not in self._known:
                 self._known.add(path.name)
@@ -146,9 +154,9 @@ class _Builder:
                 pass
 
 
-def _check_space(builder: _Builder, image_bytes: int) -> None:
+def _check_space(builder: _Builder, each: int) -> None:
     folder, images = builder.folder, len(builder.missing)
-    needed, free = images * image_bytes, shutil.disk_usage(folder).free
+    needed, free = images * each, shutil.disk_usage(folder).free
     if needed > free:
         raise UsageError(
             f"the image cache {folder} needs {needed:,} bytes more, and {free:,} are free"
@@ -163,6 +171,25 @@ def _check_space(builder: _Builder, image_bytes: int) -> None:
             "python -m asl.images.cache %s --prune removes them",
             *(folder.parent, len(old), sum(old) / 1e9, folder.parent),
         )
+
+
+def remove_dead_drafts(folder: Path) -> None:
+    """Remove what killed builds have left in the folder of a kind."""
+    with (folder / ".lock").open("ab") as locks, _held(locks, PLANNING):
+        _live_drafts(folder, locks)
+
+
+def _live_drafts(folder: Path, locks: BinaryIO) -> list[tuple[Path, int]]:
+    """The drafts that somebody fills, and the bytes that their owners lock; removes the others."""
+    live = []
+    for path in folder.glob(DRAFTS):
+        number = _number(path.name.split(".")[1])
+        try:
+            with _held(locks, number, wait=False):
+                path.unlink(missing_ok=True)
+        except (BlockingIOError, PermissionError):
+            live.append((path, number))
+    return live
 
 
 def _fill(shard: Shard, images: "_Chunks", workers: int, progress: "tqdm[Any]") -> None:
