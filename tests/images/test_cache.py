@@ -121,6 +121,14 @@ def test_forked_and_spawned_processes_read_from_a_cache_that_is_open(
     assert_same_images(pickle.loads(pickle.dumps(cache)), annotations)  # what spawning comes to
 
 
+def test_reading_ahead_asks_for_the_bytes_of_each_image(annotations, folder, monkeypatch):
+    cache, asked = opened(folder, annotations), []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: asked.append(arguments[1:]), False)
+    cache.read_ahead(np.array([3, 7]))
+    rows = shards.Shard.load(files_in(folder)[0]).rows
+    assert [place[:2] for place in asked] == [(rows["offset"][i], IMAGE) for i in (3, 7)]
+
+
 def test_a_process_keeps_few_of_many_shards_open(annotations, folder, monkeypatch, small_shards):
     monkeypatch.setattr("asl.images.cache.OPEN_SHARDS", 2)
     before = len(os.listdir("/dev/fd"))  # noqa: PTH208

@@ -5,10 +5,12 @@
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from asl.data.annotations import Annotations
@@ -109,6 +111,23 @@ class ImageCache:
             raise DataError(
                 f"{self._paths[shard]} {error}: to build it anew, remove it and start again"
             ) from None
+
+    def read_ahead(self, indices: npt.NDArray[np.int64]) -> None:
+        """Let the system read these images into its memory, while this process goes on."""
+        if not hasattr(os, "posix_fadvise"):  # on macOS
+            return
+        for index in indices.tolist():
+            length = int(self._length[index])
+            if not length:  # which would mean all of the shard
+                continue
+            with suppress(OSError):  # reading says what is wrong
+                place = self._descriptor(int(self._shard[index])), int(self._offset[index])
+                os.posix_fadvise(*place, length, os.POSIX_FADV_WILLNEED)
+
+    @property
+    def bytes(self) -> int:
+        """What the images take on the disk."""
+        return int(self._length.sum(dtype=np.int64))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_descriptors": {}}  # a spawned process opens the files itself
