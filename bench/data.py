@@ -256,7 +256,8 @@ def main() -> None:
             root, names[: chosen.images], tuple(f"class {i}" for i in range(CLASSES))
         )
         print(f"{len(annotations)} images of {folder}, {chosen.size} px, torch {torch.__version__}")
-        cache = ImageCache.open(Path(scratch), annotations, chosen.size, workers=1)
+        settings = ImageSettings(image_size=chosen.size, cache_dir=scratch)
+        cache = ImageCache.open(annotations, settings, workers=1)
         if chosen.workers:
             scaling(annotations, chosen.size, scratch, chosen.workers, chosen.rounds)
             return

@@ -40,7 +40,14 @@ def test_a_predictor_needs_the_checkpoint_alone_and_says_its_classes(untrained):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"batch_size": 4}, {"tta": "flip+scales:1,1.5"}, {"exif_rotate": True}]
+    "settings",
+    [
+        {},
+        {"batch_size": 4},
+        {"tta": "flip+scales:1,1.5"},
+        {"exif_rotate": True},
+        {"draft_decode": True},
+    ],
 )
 def test_scores_are_those_of_infer_to_the_bit_for_the_same_batches(
     untrained, photographs, settings

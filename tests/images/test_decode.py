@@ -459,3 +459,30 @@ def test_no_image_to_be_found_is_an_error(tmp_path):
         find_images(tmp_path)
     with pytest.raises(DataError, match="nowhere is not there"):
         find_images(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(("size", "expected"), [(33, 1), (32, 2), (16, 4), (8, 8), (3, 8)])
+def test_draft_decodes_jpegs_at_the_smallest_part_that_is_large_enough(size, expected):
+    rows, columns = np.mgrid[:64, :80]
+    smooth = np.stack([rows * 3, columns * 3, rows + columns], -1).astype(np.uint8)
+    content = encode(Image.fromarray(smooth), "JPEG", quality=95)
+    image = read_image(content, draft=size)
+    assert image.shape == (3, 64 // expected, 80 // expected)
+    exact, close = (squish(each, size).int() for each in (read_image(content), image))
+    assert torch.equal(exact, close) == (expected == 1)
+    assert (exact - close).abs().max() <= 4
+    with pytest.raises(DataError, match="more than the limit"):
+        read_image(content, max_pixels=64 * 80 - 1, draft=size)
+    png = encode(Image.fromarray(smooth), "PNG")
+    assert torch.equal(read_image(png, draft=size), read_image(png))
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
+def test_draft_decodes_every_kind_of_jpeg_and_turns_it(mode):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.new("RGB", (64, 48), (200, 100, 40)).convert(mode)
+    content = encode(picture, "JPEG", quality=95, exif=exif)
+    image = read_image(content, exif_rotate=True, draft=20)
+    assert image.shape == (3, 32, 24)
+    assert (image.int() - read_image(content, exif_rotate=True)[:, ::2, ::2]).abs().max() <= 2

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from itertools import chain
+from itertools import chain, pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -209,6 +209,76 @@ def test_augmentation_on_the_device_gets_the_numbers_that_workers_would_use(work
         assert torch.equal(torch.stack(again), batch.images)
 
 
+WINDOW = 4 * loader.BLOCK
+
+
+@pytest.mark.parametrize("size", [1, 50, WINDOW, 1000])
+def test_blocks_are_shuffled_and_what_is_in_a_window(size):
+    order = loader.shuffled(size, 3, 1, WINDOW)
+    assert sorted(order) == list(range(size))
+    assert np.array_equal(order, loader.shuffled(size, 3, 1, WINDOW))
+    if size > loader.BLOCK:
+        for other in ((4, 1, WINDOW), (3, 2, WINDOW), (3, 1, 0)):
+            assert not np.array_equal(order, loader.shuffled(size, *other))
+    for start in range(0, size, WINDOW):
+        window = order[start : start + WINDOW]
+        blocks = np.unique(window // loader.BLOCK)
+        assert len(blocks) <= WINDOW // loader.BLOCK + 2  # the last is shorter
+        assert len(window) < 50 or (np.abs(np.diff(window)) > 1).mean() > 0.9
+
+
+def test_the_order_of_blocks_is_that_of_one_rank_and_can_be_resumed(pictures, monkeypatch):
+    monkeypatch.setattr(loader, "BLOCK", 4)
+    annotations, augment = pictures(60), AugmentSettings(augment="none", shuffle="blocks:16")
+
+    def batches(workers=0):
+        settings = ImageSettings(image_size=SIZE, batch_size=8, workers=workers)
+        return Batches(annotations, settings, augment=augment, shuffle=True, seed=5)
+
+    alone = seen(batches())
+    assert [*chain(*alone)] == loader.shuffled(60, 5, 0, 16).tolist()
+    assert seen(batches(workers=1)) == alone
+    assert [pictures_in(batch) for batch in batches().epoch(0, start=3)] == alone[3:]
+    shares = []
+    for rank in range(2):
+        as_rank(monkeypatch, rank, 2)
+        shares.append(seen(batches()))
+    assert [sorted(a + b) for a, b in zip(*shares, strict=True)] == [sorted(b) for b in alone]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("start", [0, 3])
+def test_a_rank_reads_ahead_what_it_will_need_in_the_order_of_the_disk(ranks, start, monkeypatch):
+    for rank in range(ranks):
+        as_rank(monkeypatch, rank, ranks)
+        sampler = loader.RankSampler(1000, 32, shuffle=True, seed=0, window=256)  # 8 steps
+        sampler.set_epoch(0, start)
+        shares = list(sampler)
+        windows = [
+            shares[: 8 - start],
+            *(shares[i : i + 8] for i in range(8 - start, len(shares), 8)),
+        ]
+        for now, later in pairwise(windows):
+            ahead = np.concatenate([share.ahead for share in now])
+            needed = np.sort(np.concatenate([share.indices for share in later]))
+            assert np.array_equal(ahead, needed[len(needed) - len(ahead) :])
+            assert len(ahead) >= len(needed) * (8 - start) // 8
+        assert not any(len(share.ahead) for share in windows[-1])
+
+
+def test_of_a_cache_that_is_larger_than_the_memory_a_message_tells(
+    pictures, tmp_path, monkeypatch, capsys
+):
+    annotations, sizes = pictures(8), {"SC_PHYS_PAGES": 1, "SC_PAGE_SIZE": 8 * 3 * SIZE**2 - 1}
+    monkeypatch.setattr(os, "sysconf", lambda name: sizes[name])
+    options = {"cache_dir": tmp_path / "cache", "augment": "none"}
+    batches_of(annotations, 4, shuffle=True, **options)
+    assert "--shuffle blocks:64 reads them in an order that disks like" in capsys.readouterr().out
+    sizes["SC_PAGE_SIZE"] += 1
+    batches_of(annotations, 4, shuffle=True, **options)
+    assert "--shuffle" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("augment", [None, "recipe"])
 def test_the_image_cache_changes_no_pixel(augment, pictures, tmp_path):
     annotations = pictures(10)
@@ -216,7 +286,7 @@ def test_the_image_cache_changes_no_pixel(augment, pictures, tmp_path):
         list(batches_of(annotations, 4, augment=augment, cache_dir=folder).epoch(0))
         for folder in (tmp_path / "cache", "")
     )
-    assert list((tmp_path / "cache").glob("*.images"))
+    assert list((tmp_path / "cache").glob("*/*.shard"))
     for one, other in zip(read, cached, strict=True):
         assert torch.equal(one.images, other.images)
 
@@ -274,13 +344,13 @@ def test_an_epoch_that_was_left_does_not_reach_into_the_next(pictures):
 
 
 def test_time_spent_waiting_is_counted_but_for_the_first_batch(pictures, monkeypatch):
-    now, read = [100.0], loader.read_image
+    now, read = [100.0], loader.read_squished
 
-    def read_in_a_second(*arguments):
+    def read_in_a_second(*arguments, **named):
         now[0] += 1
-        return read(*arguments)
+        return read(*arguments, **named)
 
-    monkeypatch.setattr(loader, "read_image", read_in_a_second)
+    monkeypatch.setattr(loader, "read_squished", read_in_a_second)
     monkeypatch.setattr(loader, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     batches = batches_of(pictures(6), 2)
     for _ in batches.epoch(0):

@@ -150,12 +150,12 @@ def test_what_a_training_refuses_is_refused(settings, small_shapes, tmp_path, mo
 
 
 def test_images_that_cannot_be_read_are_found(settings, small_shapes, tmp_path, monkeypatch):
-    monkeypatch.setattr("asl.images.loader.read_image", _unreadable)
+    monkeypatch.setattr("asl.images.loader.read_squished", _unreadable)
     with pytest.raises(DataError, match="broken"):
         said(settings, small_shapes, tmp_path)
 
 
-def _unreadable(path, *settings):
+def _unreadable(path, *settings, **named):
     raise DataError(f"{path}: broken")
 
 

@@ -14,7 +14,7 @@ from asl.evaluation.evaluate import evaluate
 from asl.images import loader
 from asl.images.features import FeatureBatches
 from asl.images.loader import Batches
-from asl.images.settings import ImageSettings
+from asl.images.settings import AugmentSettings, ImageSettings
 from asl.models import checkpoint
 from asl.models.build import create_model
 from asl.models.heads import take_features, without_head
@@ -60,9 +60,9 @@ def test_it_learns_from_features_what_it_learns_from_images(
 
 
 def test_every_image_is_read_once(settings, small_shapes, tmp_path, monkeypatch, capsys):
-    read_image, seen = loader.read_image, []
+    read_squished, seen = loader.read_squished, []
     monkeypatch.setattr(
-        loader, "read_image", lambda path, *rest: seen.append(path) or read_image(path, *rest)
+        loader, "read_squished", lambda *a, **n: seen.append(a[0]) or read_squished(*a, **n)
     )
     fit(settings(small_shapes, tmp_path, **CACHED))
     assert len(seen) == len({*seen}) == 40 + 20
@@ -106,17 +106,19 @@ def test_it_can_be_stopped_while_features_are_computed(settings, before, small_s
 def test_a_run_that_is_complete_computes_none(settings, small_shapes, tmp_path, monkeypatch):
     config = settings(small_shapes, tmp_path, **CACHED, epochs=1)
     fit(config)
-    monkeypatch.setattr(loader, "read_image", None)
+    monkeypatch.setattr(loader, "read_squished", None)
     fit(config.with_settings(resume="last"))
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_features_come_in_the_order_of_the_images(shuffle, small_shapes):
+@pytest.mark.parametrize(("shuffle", "window"), [(True, 0), (False, 0), (True, 20)])
+def test_features_come_in_the_order_of_the_images(shuffle, window, small_shapes, monkeypatch):
+    monkeypatch.setattr(loader, "BLOCK", 4)
     annotations = read("coco", small_shapes, "train2014")
     numbers = torch.arange(40.0)[:, None]
-    cached = FeatureBatches(annotations, numbers, 12, shuffle=shuffle, seed=3)
+    cached = FeatureBatches(annotations, numbers, 12, shuffle=shuffle, seed=3, window=window)
     settings = ImageSettings(image_size=16, batch_size=12, workers=0)
-    images = Batches(annotations, settings, shuffle=shuffle, seed=3)
+    augment = AugmentSettings(augment="none", shuffle=f"blocks:{window}" if window else "full")
+    images = Batches(annotations, settings, augment=augment, shuffle=shuffle, seed=3)
     assert len(cached) == len(images) == 4
     for epoch, start in ((0, 0), (1, 2)):
         pairs = list(zip(cached.epoch(epoch, start), images.epoch(epoch, start), strict=True))
@@ -160,7 +162,7 @@ def test_features_that_the_memory_cannot_hold_are_an_error_before_they_are_compu
     monkeypatch.setattr(
         features_module.os, "sysconf", {"SC_PHYS_PAGES": 2 * size - 1, "SC_PAGE_SIZE": 1}.get
     )
-    monkeypatch.setattr(loader, "read_image", None)
+    monkeypatch.setattr(loader, "read_squished", None)
     with pytest.raises(UsageError, match=r"take 0.0 GB, too much .*: drop cache_features"):
         fit(settings(small_shapes, tmp_path, **CACHED))
 

@@ -93,7 +93,7 @@ def test_where_images_come_from_and_are_augmented_changes_no_result(
     one, two = (figures_of(fit(config)) for config in (plain, other))
     assert one == two
     if "cache_dir" in data_side:
-        assert len(list(Path("cache").glob("*.images"))) == 2  # training and validation
+        assert len(list(Path("cache").glob("*/*.shard"))) == 2  # training and validation
 
 
 @pytest.mark.parametrize(("slow", "said"), [(-1, True), (2, False)])

@@ -32,9 +32,17 @@ def extent(path: str | os.PathLike[str]) -> Extent:
 
 def size_of(path: str) -> int:
     """How many bytes an image has. Raises `OSError` where its file or shard is not there."""
+    return size_and_time(path)[0]
+
+
+def size_and_time(path: str) -> tuple[int, int]:
+    """How many bytes an image has, and when its file was changed, in nanoseconds.
+
+    Raises `OSError` where the file or shard is not there.
+    """
     file, _, size = extent(path)
-    found = os.stat(file).st_size  # noqa: PTH116 (hot)
-    return found if size is None else size
+    status = os.stat(file)  # noqa: PTH116 (hot)
+    return status.st_size if size is None else size, status.st_mtime_ns
 
 
 def files_of(paths: npt.NDArray[np.bytes_]) -> npt.NDArray[np.bytes_]:

@@ -106,7 +106,8 @@ class Predictor:
     def read(self, image: Any) -> Tensor:
         """The pixels (3, H, W) uint8 of an image, before they are squished to the model's size."""
         settings = self.scorer.images
-        return read_image(image, settings.max_pixels, settings.exif_rotate)
+        draft = max(self.scorer.sizes) if settings.draft_decode else 0
+        return read_image(image, settings.max_pixels, settings.exif_rotate, draft)
 
     def _decoded(self, images: Iterable[Any]) -> Iterator[Tensor]:
         for number, image in enumerate(images, start=1):

@@ -198,6 +198,7 @@ class ValidateConfig(Config):
 
 class _Uncached(ImageSettings):
     cache_dir: tyro.conf.Fixed[str] = ""
+    cache_format: tyro.conf.Fixed[str] = "raw"
 
 
 class PredictorConfig(Config):

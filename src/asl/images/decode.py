@@ -29,7 +29,7 @@ from torch.nn.functional import interpolate
 from asl.data.extents import extent
 from asl.data.files import EXTENSIONS
 from asl.errors import DataError
-from asl.images.settings import MAX_PIXELS
+from asl.images.settings import MAX_PIXELS, ImageSettings
 from asl.images.torch_private import decode_jpeg
 
 # A JPEG may come in scans, each of which visits every pixel: about ten in a progressive one. A
@@ -55,13 +55,18 @@ FORMATS: dict[bytes, type[ImageFile]] = {
 Source = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any]
 
 
-def read_image(source: Source, max_pixels: int = MAX_PIXELS, exif_rotate: bool = False) -> Tensor:
+def read_image(
+    source: Source, max_pixels: int = MAX_PIXELS, exif_rotate: bool = False, draft: int = 0
+) -> Tensor:
     """The picture in a file as a (3, H, W) uint8 RGB tensor, values 0..255.
 
     JPEG, PNG, WebP, GIF, BMP or TIFF, whatever the name of the file says. Greyscale becomes three
     equal channels, and greyscale of 12 or 16 bits keeps the upper eight. Animations give their
     first frame. Transparency is dropped. EXIF rotation is not applied (as in the official code)
     unless `exif_rotate` asks for it; that of a TIFF is always, by Pillow.
+
+    With `draft`, a JPEG comes at a half, a quarter or an eighth of its size, where both of its
+    sides still have `draft` pixels then: libjpeg leaves out what only larger ones show.
 
     In place of a path there may be the file's content, a picture of Pillow, or an array: (H, W, 3)
     uint8, in RGB and not in OpenCV's order, or another that `PIL.Image.fromarray` takes.
@@ -75,7 +80,7 @@ def read_image(source: Source, max_pixels: int = MAX_PIXELS, exif_rotate: bool =
     try:
         if isinstance(source, str | os.PathLike):
             source = _content(source, max_bytes=8 * max(max_pixels, MAX_PIXELS))
-        return _read(source, max_pixels, exif_rotate)
+        return _read(source, max_pixels, exif_rotate, draft)
     except DataError as error:
         raise DataError(f"{place}{error}") from None
     except Image.DecompressionBombError:  # said while the header is read, or of a part of a picture
@@ -86,14 +91,18 @@ def read_image(source: Source, max_pixels: int = MAX_PIXELS, exif_rotate: bool =
         raise DataError(f"{place}{reason}") from error
 
 
-def _read(source: bytes | Image.Image | npt.NDArray[Any], max_pixels: int, upright: bool) -> Tensor:
+def _read(
+    source: bytes | Image.Image | npt.NDArray[Any], max_pixels: int, upright: bool, draft: int
+) -> Tensor:
     image = None
     if isinstance(source, bytes):
         picture: Image.Image = _picture(source, max_pixels)
         if isinstance(picture, JpegImageFile):
             if _has_too_many_scans(source):
                 raise DataError(f"a JPEG of more than {MAX_SCANS} scans")
-            if picture.mode != "CMYK":  # torchvision's conversion of inks to colours is its own
+            if draft and min(picture.size) >= 2 * draft:
+                picture.draft(picture.mode, (draft, draft))  # which torchvision cannot
+            elif picture.mode != "CMYK":  # torchvision's conversion of inks to colours is its own
                 # Pillow knows more dialects; what is really broken it refuses as well.
                 with suppress(RuntimeError):
                     # The same libjpeg-turbo and pixels as Pillow's, in three quarters of the time.
@@ -243,6 +252,17 @@ def squish(image: Tensor, size: int, out: Tensor | None = None) -> Tensor:
         batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
         image = interpolate(batch, size=(size, size), mode="bilinear", antialias=True)[0]
     return out.copy_(image)
+
+
+def read_squished(path: str | Path, settings: ImageSettings, out: Tensor | None = None) -> Tensor:
+    """The picture in a file, squished: (3, S, S) uint8, read and sized as the settings say.
+
+    All images of a data set are read by this. Raises what `read_image` does.
+    """
+    size = settings.image_size
+    draft = size if settings.draft_decode else 0
+    image = read_image(path, settings.max_pixels, settings.exif_rotate, draft)
+    return squish(image, size, out)
 
 
 def find_images(path: str | os.PathLike[str]) -> tuple[Path, npt.NDArray[np.bytes_]]:

@@ -24,9 +24,10 @@ class FeatureBatches:
         *,
         shuffle: bool = False,
         seed: int = 0,
+        window: int = 0,
         device: torch.device = CPU,
     ) -> None:
-        self._sampler = RankSampler(len(annotations), batch_size, shuffle, seed)
+        self._sampler = RankSampler(len(annotations), batch_size, shuffle, seed, window)
         self.features, self._pin_memory = features, device.type == "cuda"
         self.annotations = annotations
         self.batch_size, self.batch_size_per_rank = batch_size, self._sampler.per_rank

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakSet, finalize
 
@@ -23,13 +22,14 @@ from asl.distributed import rank, world_size
 from asl.errors import DataError
 from asl.images.augment import apply, draw
 from asl.images.cache import ImageCache
-from asl.images.decode import read_image, squish
+from asl.images.decode import read_squished
 from asl.images.settings import AugmentSettings, ImageSettings, Policy
 from asl.images.slots import Slots
 from asl.images.torch_private import shut_down_workers
 
 MAX_UNREADABLE = 0.01  # share of the images that may be replaced before that is an error
 CPU = torch.device("cpu")
+BLOCK = 64  # neighbours that are read together: 4 MB of JPEGs at 448 px, 39 MB of pixels
 PREFETCH = 2  # batches that each worker makes ahead
 log = logging.getLogger("asl")
 
@@ -56,6 +56,9 @@ class Batches:
     read is an error. With `shuffle` the order of an epoch depends on (`seed`, epoch) and the
     augmentation of an image on (`seed`, epoch, index) alone: neither on the number of workers nor
     on where the epoch is entered. `on_device` leaves augmentation to `prepare.preparation`.
+
+    With `augment.shuffle` blocks:N, that order is the one of `shuffled`, and each rank tells the
+    system in time which images of the cache it will need, in the order in which they lie there.
 
     `batch_size` is that of all ranks together, `batch_size_per_rank` a rank's part of it, rounded
     up, and the largest that it makes. All ranks make `len(self)` batches. Shuffled batches are
@@ -91,16 +94,11 @@ class Batches:
         workers = default_workers() if settings.workers is None else settings.workers
         cache = None
         if settings.cache_dir:
-            cache = ImageCache.open(
-                Path(settings.cache_dir),
-                annotations,
-                settings.image_size,
-                workers=workers,
-                max_pixels=settings.max_pixels,
-                exif_rotate=settings.exif_rotate,
-                bad=bad_images,
-            )
-        self._sampler = RankSampler(len(annotations), settings.batch_size, shuffle, seed)
+            cache = ImageCache.open(annotations, settings, workers=workers, bad=bad_images)
+        window = augment.shuffle_window if augment else 0
+        if cache is not None and shuffle and not window:
+            _say_if_larger_than_memory(cache)
+        self._sampler = RankSampler(len(annotations), settings.batch_size, shuffle, seed, window)
         workers = min(workers, self._sampler.steps)
         self._slots = Slots(
             # A worker is given its next batch when one comes, which has yet to be copied.
@@ -110,18 +108,17 @@ class Batches:
             annotations.num_classes,
             targets=torch.float32 if annotations.soft else torch.int8,
             # To part the channels is a fifth of the work of reading.
-            planar=policy != "none" or cache is not None,
+            planar=policy != "none" or (cache is not None and cache.planar),
             shared=workers > 0,
         )
         self._filler = _SlotFiller(
             annotations,
+            settings,
             self._slots,
             seed,
             policy="none" if on_device else policy,
             cache=cache,
             skip=bad_images == "skip",
-            max_pixels=settings.max_pixels,
-            exif_rotate=settings.exif_rotate,
         )
         self._loader = _loader(self._filler, self._sampler, workers, nice=device.type == "cpu")
         self.annotations = annotations
@@ -216,13 +213,17 @@ class RankBatch(NamedTuple):
     step: int
     indices: npt.NDArray[np.int64]
     num_targets: int  # 0 where the only image keeps this rank in step; else one for each image
+    ahead: npt.NDArray[np.int64]  # what later steps need, and the disk may read by then
 
 
 class RankSampler(Sampler[RankBatch]):
     """Which samples make this rank's batches of an epoch; `Batches` says how ranks share them."""
 
-    def __init__(self, size: int, batch_size: int, shuffle: bool, seed: int) -> None:
+    def __init__(
+        self, size: int, batch_size: int, shuffle: bool, seed: int, window: int = 0
+    ) -> None:
         self.size, self.batch_size, self.shuffle, self.seed = size, batch_size, shuffle, seed
+        self.window = window
         ranks = world_size()
         self.per_rank = -(-batch_size // ranks)
         together = batch_size if shuffle else self.per_rank * ranks
@@ -248,7 +249,7 @@ class RankSampler(Sampler[RankBatch]):
     def __iter__(self) -> Iterator[RankBatch]:
         epoch, order, ranks = self.epoch, np.arange(self.size), world_size()
         if self.shuffle:
-            np.random.default_rng([self.seed, epoch]).shuffle(order)
+            order = shuffled(self.size, self.seed, epoch, self.window)
         for step in range(self.start, self.steps):
             if self.shuffle:
                 batch = order[step * self.batch_size : (step + 1) * self.batch_size]
@@ -256,7 +257,45 @@ class RankSampler(Sampler[RankBatch]):
             else:
                 first = (step * ranks + rank()) * self.per_rank
                 indices = order[first : first + self.per_rank]
-            yield RankBatch(epoch, step, indices if len(indices) else order[:1], len(indices))
+            ahead = self._ahead(order, step)
+            num_targets = len(indices)
+            yield RankBatch(epoch, step, indices if num_targets else order[:1], num_targets, ahead)
+
+    def _ahead(self, order: npt.NDArray[np.int64], step: int) -> npt.NDArray[np.int64]:
+        """This step's share of what this rank needs in the next window, in the order of the disk.
+
+        A window is counted in whole steps here: what is read early or late is of no consequence.
+        """
+        if not (self.window and self.shuffle):
+            return order[:0]
+        steps = max(1, self.window // self.batch_size)
+        part = step % steps
+        if part == 0 or step == self.start:
+            first = (step - part + steps) * self.batch_size
+            window = order[first : first + steps * self.batch_size]
+            own = np.arange(len(window)) % self.batch_size % world_size() == rank()
+            self._next = np.array_split(np.sort(window[own]), steps)
+        return self._next[part]
+
+
+def shuffled(size: int, seed: int, epoch: int, window: int = 0) -> npt.NDArray[np.int64]:
+    """The numbers below `size` in the order of an epoch, which depends on these arguments alone.
+
+    Any order is as likely as another. With a `window`, blocks of 64 neighbours come in any order,
+    and then each `window` numbers of that are shuffled: an image meets those of `window` / 64
+    random blocks, its neighbours more often than in a full shuffle, and every one once.
+    """
+    random = np.random.default_rng([seed, epoch])
+    order = np.arange(size)
+    if not window:
+        random.shuffle(order)
+        return order
+    blocks = random.permutation(-(-size // BLOCK))
+    order = (blocks[:, None] * BLOCK + np.arange(BLOCK)).ravel()
+    order = order[order < size]
+    for start in range(0, size, window):
+        random.shuffle(order[start : start + window])
+    return order
 
 
 @dataclass(eq=False)
@@ -264,13 +303,12 @@ class _SlotFiller(Dataset[tuple[RankBatch, DataError | None]]):
     """Reads the images and targets of a batch into its slot; the item is what was asked for."""
 
     annotations: Annotations
+    settings: ImageSettings
     slots: Slots
     seed: int
     policy: Policy
     cache: ImageCache | None
     skip: bool
-    max_pixels: int
-    exif_rotate: bool
 
     def __post_init__(self) -> None:
         # Shared by the workers, which mark what they could not read.
@@ -278,6 +316,8 @@ class _SlotFiller(Dataset[tuple[RankBatch, DataError | None]]):
         self.unreadable.share_memory_()  # type: ignore[no-untyped-call]
 
     def __getitem__(self, share: RankBatch) -> tuple[RankBatch, DataError | None]:
+        if self.cache is not None:
+            self.cache.read_ahead(share.ahead)
         images, targets = self.slots.batch(share.step, len(share.indices))
         raw = torch.empty(images.shape[1:], dtype=torch.uint8)
         augmentation = draw(self.policy, self.seed, share.epoch, share.indices)
@@ -303,9 +343,7 @@ class _SlotFiller(Dataset[tuple[RankBatch, DataError | None]]):
                 if self.cache is not None:
                     self.cache.read(row, image)
                 else:
-                    path = self.annotations.path(row)
-                    pixels = read_image(path, self.max_pixels, self.exif_rotate)
-                    squish(pixels, image.shape[-1], out=image)
+                    read_squished(self.annotations.path(row), self.settings, out=image)
                 return row
             except DataError as error:
                 if not self.skip:
@@ -324,6 +362,16 @@ class _SlotFiller(Dataset[tuple[RankBatch, DataError | None]]):
             raise DataError(
                 f"{bad} of {size:,} images cannot be read, more than 1 %; the last: {error}"
             ) from None
+
+
+def _say_if_larger_than_memory(cache: ImageCache) -> None:
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if cache.bytes > memory:
+        window = max(BLOCK, memory * len(cache) // (4 * cache.bytes))  # two of them, and room
+        print(
+            f"the images of an epoch take {cache.bytes / 1e9:,.0f} GB, and the memory has "
+            f"{memory / 1e9:,.0f}: --shuffle blocks:{window} reads them in an order that disks like"
+        )
 
 
 def _as_is(batch: object) -> object:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from asl.data.annotations import Annotations
 from asl.distributed import pick_device, precision, process_group, world_size
-from asl.images.cache import ImageCache
+from asl.images.cache import bytes_to_build
 from asl.images.loader import Batch, Batches
 from asl.images.prepare import preparation
 from asl.images.settings import ImageSettings
@@ -58,7 +58,7 @@ def _dry_run(config: TrainConfig, device: torch.device, there: bool) -> str:
     existing = Path(config.data.data).exists()
     train_set, val_set = read_splits(config, device, write_cache=False)
     run = Run(config)
-    uncached = config.with_settings(cache_dir="")
+    uncached = config.with_settings(cache_dir="", cache_format="raw")
     batches = training_batches(uncached, train_set, device)
     val_batches = Batches(val_set, uncached.images, device=device)
     few = uncached.with_settings(batch_size=min(SAMPLES * world_size(), len(train_set)), workers=0)
@@ -154,11 +154,10 @@ def _shared_line(*loaders: Batches) -> str:
 
 
 def _cache_line(settings: ImageSettings, sets: Sequence[Annotations]) -> str:
-    folder, size = Path(settings.cache_dir or ".").absolute(), settings.image_size
-    caches = [ImageCache(folder, each, size) for each in sets]
-    missing = sum(cache.bytes for cache in caches if not cache.path.exists())
+    missing = sum(bytes_to_build(each, settings) for each in sets)
     if not settings.cache_dir:
         return f"image cache    none; --cache-dir would take {_shown(missing)} of disk"
+    folder = Path(settings.cache_dir).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     return (

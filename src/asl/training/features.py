@@ -61,9 +61,12 @@ def features_once(
             f"features of {numbers} images, {tables[0].shape[1]:,} each: {memory / 10**6:,.1f} MB, "
             f"computed in {time.perf_counter() - started:.1f} s"
         )
-    size, seed = images.batch_size, config.step.seed
+    size, order = (
+        images.batch_size,
+        {"seed": config.step.seed, "window": config.augment.shuffle_window},
+    )
     return (
-        FeatureBatches(train_set, tables[0], size, shuffle=True, seed=seed, device=device),
+        FeatureBatches(train_set, tables[0], size, shuffle=True, **order, device=device),
         FeatureBatches(val_set, tables[1], size, device=device),
     )
 
