@@ -144,7 +144,7 @@ def read_study(path: str | Path) -> Study:
             if name in settings:
                 raise UsageError(f"{where}: {name} is for the study itself to set: drop it")
         try:
-            TrainConfig.of(**settings)
+            TrainConfig.of(**{**settings, "cache_dir": "named on the command line"})
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from None
     if study.on_features and set(plan.views.values()) != {""}:
