@@ -199,7 +199,7 @@ def test_the_defaults_are_the_official_recipe():
     official = {
         **{"lr": 1e-4, "weight_decay": 1e-4, "batch_size": 128, "image_size": 224, "epochs": 80},
         **{"pct_start": 0.2, "ema_decay": 0.9997, "threshold": 0.8, "optimizer": "adam"},
-        **{"augment": "recipe", "loss": "asl", "likelihood_topk": 5, "prior_threshold": 0.5},
+        **{"augment": "recipe", "loss": "asl", "prior_threshold": 0.5},
     }
     usual = TrainConfig().flat()
     assert {name: usual[name] for name in official} == official

@@ -21,7 +21,7 @@ from asl.models import checkpoint
 from asl.training import fit as loop
 from asl.training.fit import fit
 from asl.training.run import Run
-from asl.training.settings import TrainConfig
+from asl.training.settings import LossSettings, TrainConfig
 from asl.training.step import Training
 
 
@@ -421,7 +421,9 @@ def test_the_loss_gets_what_the_settings_say(settings, small_shapes, tmp_path, m
         + "".join(f"{name},0.1\n" for name in read("coco", small_shapes, "train2014").classes)
     )
     made, create = [], loop.create_loss
-    monkeypatch.setattr(loop, "create_loss", lambda *a: made.append(create(*a)) or made[-1])
+    monkeypatch.setattr(
+        loop, "create_loss", lambda *a, **k: made.append(create(*a, **k)) or made[-1]
+    )
     csl = {"unannotated": "selective", "prior_path": str(tmp_path / "prior.csv")}
     values = {"gamma_neg": 3.0, "clip": 0.1, "prior_threshold": 0.25, "likelihood_topk": 2}
     usual = settings(small_shapes, tmp_path / "a", epochs=1, simulate_partial="rps:0.5", **csl)
@@ -430,6 +432,17 @@ def test_the_loss_gets_what_the_settings_say(settings, small_shapes, tmp_path, m
     assert (loss.gamma_neg, loss.gamma_unann, loss.clip) == (3.0, 3.0, 0.1)
     assert (loss.prior_threshold, loss.likelihood_topk, loss.mode) == (0.25, 2, "selective")
     assert loss.prior.tolist() == pytest.approx([0.1] * 24)
+    fit(usual.with_settings(output=str(tmp_path / "b"), prior_path=""))
+    assert (made[1].likelihood_topk, made[1].prior) == (1 / 16, None)  # of 24 classes
+
+
+@pytest.mark.parametrize(("classes", "spared"), [(None, 5), (9605, 5), (80, 5), (79, 1 / 16)])
+def test_csl_spares_the_official_count_of_many_classes_and_its_share_of_few(classes, spared):
+    csl = LossSettings(unannotated="selective")
+    loss = loop.create_loss(csl, partial=True, num_classes=classes)
+    assert loss.likelihood_topk == spared
+    told = csl.replace(likelihood_topk=3)
+    assert loop.create_loss(told, partial=True, num_classes=classes).likelihood_topk == 3
 
 
 def test_the_order_of_an_epoch_changes_from_epoch_to_epoch(

@@ -244,12 +244,13 @@ def new_training(
     partial = bool(train_set.counts(UNANNOTATED).any())
     path = config.loss.prior_path
     prior = read_prior(path, train_set.classes) if path else None
-    counted: tuple[Any, ...] = ()
+    counted: dict[str, Any] = {"num_classes": train_set.num_classes}
     if config.loss.loss == "db":  # it alone asks; to count takes seconds in a set of millions
-        counted = train_set.estimated_counts().tolist(), max(2, len(train_set))  # timm's least is 2
+        counted["class_counts"] = train_set.estimated_counts().tolist()
+        counted["num_samples"] = max(2, len(train_set))  # timm's least is 2
     return Training(
         model,
-        create_loss(config.loss, partial, prior, *counted),
+        create_loss(config.loss, partial, prior, **counted),
         config.step,
         batches_per_epoch=batches_per_epoch,
         device=device,

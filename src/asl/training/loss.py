@@ -20,12 +20,14 @@ def create_loss(
     prior: Tensor | None = None,
     class_counts: Sequence[float] = (),
     num_samples: int = 0,
+    num_classes: int | None = None,
 ) -> nn.Module:
     """The loss for targets in {1, 0}, or in {1, 0, -1} where the training set is `partial`.
 
-    `prior` is that of CSL, (C,) in [0, 1]. The distribution-balanced loss alone needs to know in
-    how many of `num_samples` images each class is. Focusing weights of ASL are detached: the
-    official training scripts' choice.
+    `prior` is that of CSL, (C,) in [0, 1]; how many cells it spares depends on `num_classes` where
+    the settings do not say. The distribution-balanced loss alone needs to know in how many of
+    `num_samples` images each class is. Focusing weights of ASL are detached: the official training
+    scripts' choice.
 
     All are called with (logits, targets), but `SPLC`, which takes the epoch too.
     """
@@ -46,13 +48,16 @@ def create_loss(
             return Hill(settings.hill_lamb, settings.logit_margin)
         case "splc":
             return SPLC(settings.splc_tau, margin=settings.logit_margin)
-    return _asymmetric(settings, partial, prior)
+    return _asymmetric(settings, partial, prior, num_classes)
 
 
-def _asymmetric(settings: LossSettings, partial: bool, prior: Tensor | None) -> nn.Module:
+def _asymmetric(
+    settings: LossSettings, partial: bool, prior: Tensor | None, num_classes: int | None
+) -> nn.Module:
     gamma_neg, gamma_pos, clip = settings.asymmetry
     loss: AsymmetricLoss | PartialSelectiveLoss
     if partial:
+        topk = settings.likelihood_topk
         unannotated = gamma_neg if settings.gamma_unann is None else settings.gamma_unann
         loss = PartialSelectiveLoss(
             settings.unannotated,
@@ -60,7 +65,7 @@ def _asymmetric(settings: LossSettings, partial: bool, prior: Tensor | None) -> 
             gamma_neg,
             unannotated,
             clip=clip,
-            likelihood_topk=settings.likelihood_topk,
+            likelihood_topk=_spared(num_classes) if topk is None else topk,
             prior=prior,
             prior_threshold=settings.prior_threshold,
         )
@@ -71,3 +76,13 @@ def _asymmetric(settings: LossSettings, partial: bool, prior: Tensor | None) -> 
     if settings.adaptive_gamma is None:
         return loss
     return AdaptiveAsymmetry(loss, settings.adaptive_gamma, settings.adaptive_step)
+
+
+def _spared(num_classes: int | None) -> float:
+    """What CSL takes for likely present: cells of an image, or a share of those not annotated.
+
+    Five in the official recipes, for COCO's 80 classes and for 9,605. Of twenty classes these would
+    be a quarter of all cells, and most of them absent: fewer classes have COCO's share, one in
+    sixteen (docs/studies/partial_labels.md).
+    """
+    return 5 if num_classes is None or num_classes >= 80 else 1 / 16

@@ -55,9 +55,10 @@ class LossSettings(Settings):
     classes and cells that are likely present (CSL)"""
     gamma_unann: Annotated[OptionalFloat, Field(ge=0)] = None
     """their focusing; default: that of the negatives"""
-    likelihood_topk: Annotated[float, Field(ge=0)] = 5.0
+    likelihood_topk: Annotated[OptionalFloat, Field(ge=0)] = None
     """selective: cells per image, on average, that count as likely present; below 1: their share of
-    the cells that are not annotated"""
+    the cells that are not annotated; default: the official 5, of fewer than 80 classes a
+    sixteenth of those cells"""
     prior_path: str = ""
     """selective: CSV of how frequent each class is (validate.py --estimate-prior), or the word
     estimate, to train a model that tells first"""
