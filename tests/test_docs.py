@@ -8,6 +8,7 @@ import timm
 
 from asl.config import read_recipe
 from asl.evaluation.settings import ExportConfig, InferConfig, ValidateConfig
+from asl.training.run import MAY_CHANGE
 from asl.training.settings import TrainConfig
 
 REPOSITORY = Path(__file__).parent.parent
@@ -132,3 +133,9 @@ def test_every_recipe_says_how_to_run_it_and_what_to_expect(path):
     assert re.search(r"# python train\.py ", header)
     assert re.search(r"\b[Ee]xpect", header)
     assert len(text.splitlines()) <= 25
+
+
+def test_the_settings_in_which_a_resumed_run_may_differ_are_listed():
+    text = (REPOSITORY / "docs/reliability.md").read_text()
+    [listed] = re.findall(r"except for what may change: (.*?)\. ", text, re.DOTALL)
+    assert re.findall(r"`(\w+)`", listed) == [*MAY_CHANGE]

@@ -75,7 +75,7 @@ def test_settings_that_contradict_each_other_are_refused(settings, changes, mess
         read_split(settings.replace(**changes), "val")
 
 
-@pytest.mark.parametrize(("name", "value"), [("folds", 3), ("stratify", True), ("val_share", 0.1)])
+@pytest.mark.parametrize(("name", "value"), [("folds", 3), ("fold", 0), ("stratify", True)])
 def test_a_data_set_that_has_splits_is_not_drawn_from_as_well(tmp_path, name, value):
     for split in ("train", "val"):
         (tmp_path / split / "cat").mkdir(parents=True)

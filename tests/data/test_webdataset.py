@@ -93,6 +93,26 @@ def test_a_number_is_a_class_of_the_list_or_a_name_of_its_own(tmp_path, listed):
     assert data.classes[:2] == (("name 0", "name 1") if listed else ("8", "9"))
 
 
+@pytest.mark.parametrize("ends", [("cls", "json"), ("json", "cls")])
+def test_what_others_note_in_a_json_beside_a_number_is_not_read(tmp_path, ends):
+    noted = {"cls": b"3", "json": b'{"width": 32}'}
+    members = {f"1_{end}": noted[end] for end in ends}
+    data = webdataset(write(tmp_path / "train-0.tar", **members, **{"1_jpg": jpeg(1)}), "train")
+    assert data.classes == ("3",)
+    assert data.dense().tolist() == [[1]]
+
+
+@pytest.mark.parametrize("pair", [("train2014", "val2014"), ("trainval", "test")])
+def test_splits_keep_the_names_that_data_sets_give_them(tmp_path, pair):
+    write(tmp_path / f"{pair[1]}-000000.tar", **{"1_jpg": jpeg(1), "1_cls": b"1"})
+    settings = DataSettings(data=str(tmp_path), dataset="webdataset")
+    assert splits(tmp_path) == [pair[1]]  # alone it is not drawn from
+    assert len(read_split(settings, "val")) == 1
+    members = {f"{n}_{end}": each for n in "12" for end, each in (("jpg", jpeg(2)), ("cls", b"1"))}
+    write(tmp_path / f"{pair[0]}-000000.tar", **members)
+    assert [len(read_split(settings, role)) for role in ("train", "val")] == [2, 1]
+
+
 def test_shards_without_splits_are_drawn_from(tmp_path):
     members = {
         f"{n}_{end}": each for n in range(50) for end, each in (("jpg", jpeg(n)), ("cls", b"1"))
@@ -173,6 +193,7 @@ def test_shards_are_written_from_the_command_line(pictures, tmp_path):
         ({"1_json": labels("cat")}, "holds no image"),
         ({"1_jpg": b"x", "1_png": b"x", "1_cls": b"1"}, "1.png: there is another image of that"),
         ({"1_jpg": b"x", "1_cls": b"cat"}, "1.cls: 'cat' is not the number of a class"),
+        ({"1_jpg": b"x", "1_cls": b"7" * 5000}, "1.cls: '777.* is not the number of a class"),
         ({"1_jpg": b"x", "1_json": b"{"}, r'1.json is not a JSON with "labels" in it'),
         ({"1_jpg": b"x", "1_json": b"[1]"}, r'1.json is not a JSON with "labels" in it'),
         ({"1_jpg": b"x", "1_json": labels(cat=2)}, "1.json: labels are not names, nor numbers"),

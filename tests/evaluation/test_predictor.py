@@ -139,13 +139,12 @@ def test_exif_turns_a_photograph_on_request(untrained, tmp_path):
     assert np.array_equal(found.scores[0].numpy(), turned.scores(tmp_path / "a.jpg"))
 
 
-def test_a_checkpoint_knows_whether_its_images_were_turned(untrained, tmp_path):
+@pytest.mark.parametrize("name", ["exif_rotate", "draft_decode"])
+def test_a_checkpoint_knows_how_its_images_were_decoded(untrained, tmp_path, name):
     content = checkpoint.load(untrained)
-    checkpoint.save(
-        tmp_path / "a.pt", content | {"config": content["config"] | {"exif_rotate": True}}
-    )
-    assert Predictor(tmp_path / "a.pt").scorer.images.exif_rotate
-    assert not Predictor(tmp_path / "a.pt", exif_rotate=False).scorer.images.exif_rotate
+    checkpoint.save(tmp_path / "a.pt", content | {"config": content["config"] | {name: True}})
+    assert getattr(Predictor(tmp_path / "a.pt").scorer.images, name)
+    assert not getattr(Predictor(tmp_path / "a.pt", **{name: False}).scorer.images, name)
 
 
 def test_what_is_wrong_is_said_in_one_line(predictor, untrained, photographs, tmp_path):

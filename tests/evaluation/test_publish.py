@@ -127,6 +127,29 @@ def test_a_head_that_timm_lacks_has_no_settings_for_it(settings, small_shapes, t
     assert "local-dir" not in (tmp_path / "made/README.md").read_text()
 
 
+def test_a_model_is_measured_where_its_images_are_and_no_folder_is_named(
+    settings, small_shapes, tmp_path, monkeypatch
+):
+    images = tmp_path / "images"
+    images.mkdir()
+    for file in small_shapes.glob("*2014/*.jpg"):
+        shutil.copy(file, images)
+    rows = "".join(f"{file.name},{n % 2},1\n" for n, file in enumerate(sorted(images.iterdir())))
+    (tmp_path / "labels.csv").write_text(f"path,odd,all\n{rows}")
+    (tmp_path / "reference.json").write_text('{"trials": [{"history": [50.0]}]}')
+    monkeypatch.setattr(sys, "argv", ["train.py", f"--image-folder={images}", "-b", "8"])
+    about = {"dataset": "table", "image_folder": str(images), "stratify": True, "epochs": 1}
+    about["reference"] = str(tmp_path / "reference.json")
+    run = fit(settings(tmp_path / "labels.csv", tmp_path / "run", **about))
+    publish(run / "best.pt", tmp_path / "made")
+    everything = b"".join(each.read_bytes() for each in (tmp_path / "made").iterdir())
+    assert b"--image-folder=images -b 8" in everything
+    assert str(tmp_path).encode() not in everything
+    with pytest.raises(UsageError, match="does not know where its data is: name it with --data"):
+        publish(tmp_path / "made/model.safetensors", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
 def test_thresholds_of_the_checkpoint_go_along_where_they_are_of_these_weights(
     folder, small_shapes, tmp_path
 ):

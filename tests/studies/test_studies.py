@@ -24,7 +24,7 @@ from asl.studies.on_features import OnFeatures, pulls, scores_of
 from asl.studies.plan import StudyConfig, Trial, config_of, read_study
 from asl.studies.results import END, START, publish
 from asl.studies.tables import cells_table, interval, rows, table
-from asl.studies.trials import run_study
+from asl.studies.trials import RUNS, _command, run_study
 from asl.training.fit import fit
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +84,20 @@ def test_trainings_end_to_end_are_those_of_train_py(study_of, on_cpu, measuring,
     config = measuring(on_cpu().study.data, same / "last.pt", weights="ema", tta="flip")
     assert trials[2]["mAP"]["both"] == evaluate(config)["mAP"]
     assert len({each["mAP"]["one"] for each in trials}) == 4
+
+
+def test_a_network_is_measured_on_the_images_that_it_was_validated_on(study_of, on_cpu, tmp_path):
+    decoded = "settings: {cache_format: 'jpeg:10', draft_decode: true}\n"
+    study = study_of(f"arms: {{asl: {{}}}}\nseeds: 1\n{decoded}")
+    [trial] = run_study(study, on_cpu(cache_dir="squished"))
+    [last] = figures_of(RUNS / study.name / "asl_0")[-1:]
+    assert trial["mAP"][""] == last["mAP_ema"]
+    assert len([*(tmp_path / "squished").iterdir()]) == 1
+
+
+def test_a_command_names_weights_without_their_folder_but_in_full(study_of, on_cpu):
+    for path, named in (("/a/b.pth", "b.pth"), *[(x, x) for x in ("zoo:b", "hf-hub:a/b")]):
+        assert _command(on_cpu(model_path=path)).endswith(f"--model-path {named}")
 
 
 def test_heads_on_features_are_those_of_train_py(study_of, on_cpu, tmp_path):
@@ -224,8 +238,10 @@ def test_csl_on_features_estimates_its_prior_first(study_of, on_cpu, tmp_path):
     assert len({*found.values()}) >= 3, found
 
 
-def test_the_map_after_each_epoch_is_that_of_train_py(study_of, on_cpu, tmp_path):
-    study = study_of("arms: {asl: {}}\nseeds: 1\nhistory: true\n", FEATURES)
+@pytest.mark.parametrize("order", ["full", "blocks:10"])
+def test_the_map_after_each_epoch_is_that_of_train_py(study_of, on_cpu, tmp_path, order):
+    plan = f"arms: {{asl: {{shuffle: '{order}'}}}}\nseeds: 1\nhistory: true\n"
+    study = study_of(plan, FEATURES)
     [trial] = run_study(study, on_cpu())
     config = config_like(study, on_cpu(), Trial("asl", "", 0), tmp_path / "same")
     epochs = [row["mAP_ema"] for row in figures_of(fit(config))]

@@ -65,6 +65,15 @@ def test_train_py_prints_it(small_shapes, settings, tmp_path, written, capsys):
     assert capsys.readouterr().out.count("NOT AS EXPECTED") == len(history)
 
 
+def test_the_model_that_estimates_a_prior_is_not_compared(
+    small_shapes, settings, tmp_path, written, capsys
+):
+    csl = {"simulate_partial": "rps:0.5", "unannotated": "selective", "prior_path": "estimate"}
+    reference = written([50.0])
+    fit(settings(small_shapes, tmp_path / "run", epochs=1, reference=reference, **csl))
+    assert capsys.readouterr().out.count("EXPECTED (47.0 or more)") == 1
+
+
 @pytest.mark.parametrize("content", [None, "{}", '{"trials": [{"mAP": 3}]}', "no json"])
 def test_a_reference_that_is_none_is_refused(content, tmp_path):
     path = tmp_path / "mine.json"

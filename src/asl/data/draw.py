@@ -49,7 +49,7 @@ class Draw(NamedTuple):
     def check_unused(self, root: Path) -> None:
         """Check that a data set with splits of its own is not to be drawn from as well."""
         for name, value in self._asdict().items():
-            if value:
+            if value is not None and value is not False:
                 raise UsageError(f"{root} has splits of its own: drop {name}, or the splits")
 
     def _held_out(self, whole: Annotations) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from asl.atomic import new_folder, write_result
 from asl.config import of_checkpoint
-from asl.errors import DataError
+from asl.errors import DataError, UsageError
 from asl.evaluation.evaluate import evaluate
 from asl.evaluation.judge import ENTRIES, THRESHOLDS
 from asl.evaluation.published import MEASURED, measured
@@ -28,8 +28,9 @@ CARD, FIGURES = "README.md", "figures.json"
 # Settings of a training that name files of the machine that it ran on.
 _PLACES = (
     *("data", "image_folder", "class_list", "model_path", "prior_path", "cache_dir"),
-    *("output", "config", "resume", "wandb"),
+    *("output", "config", "resume", "reference", "wandb"),
 )
+_OF_THE_DATA = ("data", "image_folder", "class_list")  # those of them that it is measured with
 
 
 def publish(
@@ -63,8 +64,11 @@ def publish(
         file = folder / HUB_FILE
         checkpoint.save(file, _published(content, model_path, license, terms))
         known = of_checkpoint(ValidateConfig, str(file), trained_with)
+        known |= {name: content["config"].get(name) for name in _OF_THE_DATA}
+        if not (data or known["data"]):
+            raise UsageError(f"{model_path} does not know where its data is: name it with --data")
         config = ValidateConfig.of(
-            **{**known, "data": data or content["config"].get("data", "")},
+            **{**known, "data": data or known["data"]},
             model_path=str(file),
             tune_thresholds=tune_thresholds,
             calibrate=calibrate,
@@ -97,9 +101,12 @@ def _published(
 
 
 def _without_folders(command: str) -> str:
-    """A command without the folders of the machine that it ran on."""
-    words = (Path(word).name if Path(word).is_absolute() else word for word in shlex.split(command))
-    return shlex.join(words)
+    """A command without the folders of the machine that it ran on: `--data=/a/b` says b."""
+    parts = (word.rpartition("=") for word in shlex.split(command))
+    return shlex.join(
+        option + equals + (Path(value).name if Path(value).is_absolute() else value)
+        for option, equals, value in parts
+    )
 
 
 def _halved(name: str, tensor: Tensor, path: str | Path) -> Tensor:

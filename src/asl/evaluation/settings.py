@@ -18,7 +18,7 @@ _THRESHOLD = ("--thre", "--th")  # the official scripts' names of it
 DEFAULT_THRESHOLD = 0.8
 DEFAULT_MODEL = "zoo:voc2007_lite0"  # of infer.py
 # What a checkpoint knows of the model that its weights are for, and of the images that it saw.
-OF_THE_MODEL = ("model_name", "head", "image_size", "exif_rotate")
+OF_THE_MODEL = ("model_name", "head", "image_size", "exif_rotate", "draft_decode")
 _NUMBER = r"[0-9]{1,3}(\.[0-9]{1,3})?"
 _VIEWS = rf"|flip|(flip\+)?scales:{_NUMBER}(,{_NUMBER})*"
 

@@ -184,6 +184,7 @@ class OnFeatures:
             config.images.batch_size,
             shuffle=True,
             seed=config.step.seed,
+            window=config.augment.shuffle_window,
             device=self._device,
         )
         training = new_training(config, known, len(batches), self._device, resumed=True)

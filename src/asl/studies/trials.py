@@ -14,6 +14,7 @@ from asl.errors import DataError, UsageError
 from asl.evaluation.evaluate import evaluate
 from asl.evaluation.provenance import provenance
 from asl.evaluation.settings import ValidateConfig
+from asl.models.zoo import is_name
 from asl.studies.on_features import OnFeatures
 from asl.studies.plan import Study, StudyConfig, Trial, config_of
 from asl.training.fit import fit
@@ -63,7 +64,8 @@ def _command(config: StudyConfig) -> str:
     """What anybody can run again: without the folders of this machine."""
     wanted = config.study
     command = ["python", "study.py", wanted.study, Path(wanted.data).name]
-    weights = ["--model-path", Path(wanted.model_path).name] if wanted.model_path else []
+    path = wanted.model_path
+    weights = ["--model-path", path if is_name(path) else Path(path).name] if path else []
     return shlex.join([*command, *weights])
 
 
@@ -111,7 +113,8 @@ class EndToEnd:
         train = config_of(self._study, self._config, trial, output=str(folder), resume=resume)
         fit(train)
         flat = train.flat()
-        same = (*ValidateConfig.from_checkpoint, "workers", "cache_dir", "device", "amp")
+        same = (*ValidateConfig.from_checkpoint, "workers", "cache_dir", "cache_format")
+        same += ("device", "amp")
         validate = ValidateConfig.of(
             **{name: flat[name] for name in same},
             model_path=(str(folder / "last.pt"),),

@@ -267,6 +267,7 @@ def _with_estimated_prior(config: TrainConfig, device: torch.device) -> TrainCon
         first = config.with_settings(
             unannotated="ignore",
             prior_path="",
+            reference="",  # of runs with the loss that comes after it
             output=str(path.parent),
             overwrite=True,
             resume=RESUME_LAST if interrupted else "",

@@ -87,8 +87,9 @@ READERS: dict[str, Reader] = {
         webdataset.webdataset,
         webdataset.splits,
         webdataset.sources,
-        PAIRS,
+        (*webdataset.OF_OTHERS, *PAIRS),
         options=Draw._fields,
+        version=2,
     ),
     "shapes": Reader(
         shapes.shapes,

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import tarfile
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ from asl.data.shards import CLASS_LIST
 from asl.errors import DataError
 
 LABELS = (".json", ".cls")
+# Splits of data sets that are written as shards: `python -m asl.data shard` keeps their names.
+OF_OTHERS = (("trainval", "test"), ("train2014", "val2014"), ("train2017", "val2017"))
 Label = str | int  # the name of a class, or its number
 
 
@@ -47,12 +50,13 @@ def webdataset(
 
     Labels are in a `.json` beside an image, under "labels": a list of the names of what is present,
     all else being absent; or an object of numbers by name (1 present, 0 absent, between them soft),
-    all else being not annotated. Or they are in a `.cls`: the number of the one class. Classes are
-    the lines of `classes.txt` where it is there, else all names in alphabetical order, or numbers
-    in theirs.
+    all else being not annotated. Or they are in a `.cls`: the number of the one class; a `.json`
+    beside it is not read. Classes are the lines of `classes.txt` where it is there, else all names
+    in alphabetical order, or numbers in theirs.
 
-    A single set of shards of another name than `SPLIT_NAMES` has no splits: they are drawn as
-    `Draw` does with the options. Shards are read once, to index them; images come in their order.
+    A single set of shards that has not the name of a split (of `SPLIT_NAMES`, or as those of COCO
+    and VOC are called) has none: they are drawn as `Draw` does with the options. Shards are read
+    once, to index them; images come in their order.
 
     Raises `DataError` that names shard and member for what is wrong.
     """
@@ -98,7 +102,7 @@ def _parts(root: Path) -> dict[str, list[Path]]:
 
 
 def _undivided(parts: dict[str, list[Path]]) -> bool:
-    return len(parts) == 1 and not {*parts} & {*SPLIT_NAMES}
+    return len(parts) == 1 and not {*parts} & {*SPLIT_NAMES, *chain(*OF_OTHERS)}
 
 
 def _classes(samples: dict[str, list[Sample]], listed: Path) -> dict[Label, int]:
@@ -139,7 +143,7 @@ def _annotations(samples: list[Sample], classes: dict[Label, int], root: Path) -
 def _read(path: Path, root: Path) -> list[Sample]:
     """The samples of a shard. Members of one name up to the first dot are one sample."""
     images: dict[str, bytes] = {}
-    labels: dict[str, tuple[dict[Label, float], bool]] = {}
+    labels: dict[str, tuple[bytes, str, str]] = {}
     try:
         size = path.stat().st_size
         with tarfile.open(path, "r:") as tar:
@@ -157,10 +161,10 @@ def _read(path: Path, root: Path) -> list[Sample]:
                     if key in images:
                         raise DataError(f"{place}: there is another image of that name before it")
                     images[key] = os.fsencode(inside)
-                else:
+                elif ending == ".cls" or key not in labels:
                     file = tar.extractfile(member)
                     assert file is not None, "it is a file"
-                    labels[key] = _labels(file.read(), ending, place)
+                    labels[key] = file.read(), ending, place
     except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:  # wrong numbers too
         raise DataError(f"{path} is not a tar file, or cut off: {error}") from None
     except OSError as error:
@@ -170,14 +174,14 @@ def _read(path: Path, root: Path) -> list[Sample]:
             raise DataError(f"{path}: {key.lstrip('/')} has an image, but no .json or .cls")
     if not images:
         raise DataError(f"{path} holds no image ({', '.join(sorted(EXTENSIONS))})")
-    return [Sample(file, *labels[key]) for key, file in images.items()]
+    return [Sample(file, *_labels(*labels[key])) for key, file in images.items()]
 
 
 def _labels(content: bytes, ending: str, place: str) -> tuple[dict[Label, float], bool]:
     """The labels of a sample, and whether it is annotated in full."""
     text = content.decode("utf-8", errors="replace").strip()
     if ending == ".cls":
-        if not text.isdecimal():
+        if not (text.isdecimal() and len(text) < 10):
             raise DataError(f"{place}: {text[:80]!r} is not the number of a class")
         return {int(text): PRESENT}, True
     try:
