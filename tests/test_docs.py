@@ -8,13 +8,14 @@ import timm
 
 from asl.config import read_recipe
 from asl.evaluation.settings import ExportConfig, InferConfig, ValidateConfig
+from asl.studies.plan import StudyConfig
 from asl.training.run import MAY_CHANGE
 from asl.training.settings import TrainConfig
 
 REPOSITORY = Path(__file__).parent.parent
 DOCUMENTS = [
     file
-    for pattern in ("*.md", "bench/*.md", "docs/*.md", "zoo/*.md", "pics/*/*.md")
+    for pattern in ("*.md", "bench/*.md", "docs/*.md", "docs/*/*.md", "zoo/*.md", "pics/*/*.md")
     for file in sorted(REPOSITORY.glob(pattern))
 ]
 RECIPES = sorted(REPOSITORY.glob("configs/*.yaml"))
@@ -23,6 +24,7 @@ SCRIPTS = {
     "validate": ValidateConfig,
     "infer": InferConfig,
     "export": ExportConfig,
+    "study": StudyConfig,
 }
 LINE_LENGTH = 120
 
@@ -63,7 +65,7 @@ def commands_in(text):
     """(script, arguments) of every call of a script, in blocks of code and between backticks."""
     text = text.replace("\\\n", " ")
     return re.findall(
-        r"python (?!bench/)(?:\S*/)?(train|validate|infer|export)\.py([^`\n|;&]*)", text
+        r"python (?!bench/)(?:\S*/)?(train|validate|infer|export|study)\.py([^`\n|;&]*)", text
     )
 
 
