@@ -12,7 +12,7 @@ import polars as pl
 from tqdm import tqdm
 
 from asl.data.annotations import Annotations
-from asl.data.extents import extent, size_of
+from asl.data.extents import content_of, size_of
 from asl.data.files import unreadable
 
 END = 4096  # bytes at the end of a file
@@ -93,10 +93,7 @@ def _key(path: str, compared: str) -> int:
         if compared == "sizes":
             return size
         left_out = max(0, size - END) if compared == "ends" else 0
-        place = extent(path)
-        with Path(place.file).open("rb") as file:
-            file.seek(place.start + left_out)
-            digest = hashlib.sha256(file.read(size - left_out)).digest()
+        digest = hashlib.sha256(content_of(path, left_out)).digest()
     except OSError as error:
         raise unreadable(Path(path), error) from error
     return int.from_bytes(digest[:8], signed=True)

@@ -45,6 +45,14 @@ def size_and_time(path: str) -> tuple[int, int]:
     return status.st_size if size is None else size, status.st_mtime_ns
 
 
+def content_of(path: str, start: int = 0) -> bytes:
+    """The bytes of an image from number `start` on. Raises `OSError` where they cannot be read."""
+    file, first, size = extent(path)
+    with open(file, "rb") as opened:  # noqa: PTH123 (hot)
+        opened.seek(first + start)
+        return opened.read(-1 if size is None else size - start)
+
+
 def files_of(paths: npt.NDArray[np.bytes_]) -> npt.NDArray[np.bytes_]:
     """The files that images of these paths lie in: (N,) bytes."""
     if not (np.char.find(paths, b".tar/") >= 0).any():

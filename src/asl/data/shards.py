@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from asl.atomic import replacing, write_result
 from asl.data.annotations import ABSENT, UNANNOTATED, Annotations
-from asl.data.extents import extent
+from asl.data.extents import content_of, extent
 from asl.data.files import unreadable
 
 CLASS_LIST = "classes.txt"
@@ -51,13 +51,10 @@ def _labels(annotations: Annotations, row: int, in_part: bool) -> Any:
 
 
 def _content(path: str) -> bytes:
-    file, start, size = extent(path)
     try:
-        with Path(file).open("rb") as opened:
-            opened.seek(start)
-            return opened.read(size)
+        return content_of(path)
     except OSError as error:
-        raise unreadable(Path(file), error) from error
+        raise unreadable(Path(extent(path).file), error) from error
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
