@@ -23,7 +23,6 @@ from asl.images.features import FeatureBatches
 from asl.images.settings import ImageSettings
 from asl.metrics import mean_average_precision
 from asl.models.heads import take_features
-from asl.robust_losses import SPLC
 from asl.studies.plan import Study, StudyConfig, Trial, config_of
 from asl.training.features import features_once
 from asl.training.fit import new_training
@@ -220,14 +219,12 @@ def pulls(
     the two kinds; "hidden_free" and "absent_free" are the shares of them in percent that the loss
     leaves alone, with a pull of less than a thousandth of its largest on any cell.
     """
-    pull = []
-    model, epoch = training.ema.module.eval(), (training.epoch,)
+    pull, model = [], training.ema.module.eval()
     targets = torch.from_numpy(known)
     for start in range(0, len(targets), BATCH):
         of, labels = features[start : start + BATCH], targets[start : start + BATCH]
         logits = model(of.to(training.device)).detach().requires_grad_()
-        more = epoch if isinstance(training.loss, SPLC) else ()
-        training.loss(logits, labels.to(training.device), *more).backward()
+        training.loss_of(logits, labels.to(training.device)).backward()  # type: ignore[no-untyped-call]
         assert logits.grad is not None
         pull.append(logits.grad.abs().cpu())
     pulled = torch.cat(pull).numpy()

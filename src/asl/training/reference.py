@@ -45,26 +45,26 @@ class Reference:
 
     def said(self, row: Row) -> str:
         """What is to be printed beside the line of an epoch; empty where nothing is known."""
-        expected, reached = self._of(row)
-        if expected is None:
+        found = self._judged(row)
+        if found is None:
             return ""
-        low, high = expected
+        low, high, reached = found
         between = f"{low:.1f} to {high:.1f}" if high < 100 else f"{low:.1f} or more"
         return f"   {'as expected' if reached else 'NOT AS EXPECTED'} ({between})"
 
     def verdict(self, history: Sequence[Row]) -> str:
         """How many epochs of a run reached what they should."""
-        judged = [reached for expected, reached in map(self._of, history) if expected is not None]
+        judged = [found[2] for found in map(self._judged, history) if found]
         return f"{sum(judged)} of {len(judged)} epochs as expected ({self.path.name})"
 
-    def _of(self, row: Row) -> tuple[tuple[float, float] | None, bool]:
-        """The interval of an epoch that was measured, and whether the run is in it."""
+    def _judged(self, row: Row) -> tuple[float, float, bool] | None:
+        """What was expected of an epoch that was measured, and whether it was reached."""
         value, epoch = row.get("mAP_ema"), row["epoch"]
         assert isinstance(epoch, int)
-        expected = self.expected(epoch) if isinstance(value, float) else None
-        if expected is None or not isinstance(value, float):
-            return None, False
-        return expected, expected[0] <= value <= expected[1]
+        if not isinstance(value, float) or (expected := self.expected(epoch)) is None:
+            return None
+        low, high = expected
+        return low, high, low <= value <= high
 
 
 def _another(values: Sequence[float]) -> tuple[float, float] | None:

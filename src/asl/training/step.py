@@ -115,10 +115,7 @@ class Training:
             with torch.autocast(self.device.type, self.precision, enabled=amp):
                 logits = self.forward(images)
             logits = logits[: len(targets)]  # there may be fewer targets than images: see `Batch`
-            # The loss that changes with the epoch is told its number. It has no state of its own,
-            # so a run that goes on needs nothing else.
-            epoch = (self.epoch,) if isinstance(self.loss, SPLC) else ()
-            loss: Tensor = self.loss(logits, targets, *epoch)
+            loss = self.loss_of(logits, targets)
             # The loss is a sum over images, and DistributedDataParallel averages over the ranks.
             with _statistics_kept(self._seen_twice):
                 self.scaler.scale(loss * world_size()).backward()  # type: ignore[no-untyped-call]
@@ -128,6 +125,14 @@ class Training:
         self.losses[-1] = self.losses[-1] + loss
         if last:
             self._update()
+        return loss
+
+    def loss_of(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The loss of a batch in the present epoch, summed over images and classes: 0-d."""
+        # The loss that changes with the epoch is told its number. It has no state of its own, so a
+        # run that goes on needs nothing else.
+        epoch = (self.epoch,) if isinstance(self.loss, SPLC) else ()
+        loss: Tensor = self.loss(logits, targets, *epoch)
         return loss
 
     def _update(self) -> None:
