@@ -85,11 +85,16 @@ def seconds(
     runs: Mapping[str, Callable[[], object]],
     rounds: int,
     clock: Callable[[], float] = time.process_time,
+    before: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """The seconds of each of the runs, which take turns for so many rounds after one."""
+    """The seconds of each of the runs, which take turns for so many rounds after one.
+
+    What is done `before` each of them does not count.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
         for name, run in runs.items():
+            before()
             start = clock()
             run()
             if turn > 0:
