@@ -1,12 +1,16 @@
 """What a cache of images takes, how fast it is read, and how far its pixels are from the files'.
 
     python bench/cache.py FOLDER_OF_PHOTOGRAPHS [--size 448]
-    python bench/cache.py FOLDER_OF_PHOTOGRAPHS --order [--size 448]
+    python bench/cache.py FOLDER_OF_PHOTOGRAPHS --order {forgotten,limited} [--size 448]
 
 The first also decodes the photographs at a part of their size (`--draft-decode`), and one that is
 enlarged to 12 megapixels. Times are CPU time of one thread, medians. The second reads a whole raw
-cache in the orders of `--shuffle`, after the system was told to forget it, as where it is much
-larger than the memory; its times are those of the wall clock.
+cache in the orders of `--shuffle`; its times are those of the wall clock. "forgotten": the system
+is told to forget the cache before each epoch, as where it is many times the memory. "limited": it
+remembers what it can, to be run where memory is limited:
+
+    cgroup=/sys/fs/cgroup/memory/limited   # as root, of cgroups v1
+    mkdir $cgroup; echo 1G > $cgroup/memory.limit_in_bytes; echo $$ > $cgroup/cgroup.procs
 """
 
 import argparse
@@ -16,7 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -109,23 +113,34 @@ def drafts(annotations: Annotations) -> None:
         print(f"| 12 megapixels | {size} | {ms[0]:.1f} | {ms[1]:.1f} | {off} |")
 
 
-def orders(annotations: Annotations, settings: ImageSettings, windows: list[int]) -> None:
-    """Print images/s of reading a whole cache from the disk, by order."""
+def forget(shards: Iterable[Path]) -> None:
+    """Tell the system that these files are not needed in memory."""
+    for shard in shards:
+        with shard.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def orders(
+    annotations: Annotations, settings: ImageSettings, windows: list[int], forgotten: bool
+) -> None:
+    """Print images/s of reading a whole cache, by order."""
     cache = ImageCache.open(annotations, settings, workers=2)
     slot = torch.empty(3, settings.image_size, settings.image_size, dtype=torch.uint8)
     rates: dict[int, list[float]] = {window: [] for window in windows}
-    for _ in range(3):
+    for epoch in range(4):
         for window, measured in rates.items():
-            for shard in Path(settings.cache_dir).glob("*/*.shard"):
-                with shard.open("rb") as file:
-                    os.fsync(file.fileno())
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if forgotten:
+                forget(Path(settings.cache_dir).glob("*/*.shard"))
+            sampler = RankSampler(len(cache), BATCH, True, 0, window)
+            sampler.set_epoch(epoch)
             begun = time.perf_counter()
-            for share in RankSampler(len(cache), BATCH, True, 0, window):
+            for share in sampler:
                 cache.read_ahead(share.ahead)
                 for index in share.indices.tolist():
                     cache.read(index, slot)
-            measured.append(len(cache) / (time.perf_counter() - begun))
+            if epoch > 0:
+                measured.append(len(cache) / (time.perf_counter() - begun))
     print(f"\n{len(cache):,} images, {cache.bytes / 1e9:.2f} GB")
     print("\n| order | images/s | times full |\n| --- | ---: | ---: |")
     for window, measured in rates.items():
@@ -138,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", help="photographs")
     parser.add_argument("--size", type=int, default=448)
-    parser.add_argument("--order", action="store_true")
+    parser.add_argument("--order", choices=("forgotten", "limited"))
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     root, names = find_images(chosen.folder)
@@ -146,7 +161,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         if chosen.order:
             settings = ImageSettings(image_size=chosen.size, cache_dir=scratch)
-            orders(annotations, settings, [0, 512, 2048])
+            orders(annotations, settings, [0, 512, 2048], chosen.order == "forgotten")
         else:
             storages(annotations, chosen.size, scratch)
             drafts(annotations)
