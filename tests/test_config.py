@@ -3,6 +3,7 @@
 import pytest
 
 from asl.config import parse, read_recipe, write_recipe
+from asl.data.settings import DataSettings
 from asl.errors import DataError, UsageError
 from asl.evaluation.settings import DEFAULT_MODEL, InferConfig, ValidateConfig
 from asl.training.settings import TrainConfig
@@ -290,6 +291,25 @@ def test_evaluation_takes_over_how_the_checkpoint_was_trained():
     assert config.images.workers is None
     config = parse(InferConfig, "infer", "", argv, trained_with=trained_with)
     assert (config.model.model_name, config.images.image_size) == ("resnet18", 128)
+
+
+def test_how_a_data_set_was_split_is_forgotten_where_another_is_evaluated(tmp_path):
+    def trained_with(path):
+        split = {"dataset": "table", "data": "own.csv", "stratify": True, "folds": 5, "fold": 2}
+        return {"image_size": 96, **split}
+
+    def data(*argv):
+        given = ["--model-path", "best.pt", *argv]
+        config = parse(ValidateConfig, "validate", "", given, trained_with=trained_with)
+        assert config.images.image_size == 96
+        return config.data
+
+    recipe = tmp_path / "coco.yaml"
+    recipe.write_text("dataset: coco\n")
+    for other in (["--dataset", "coco"], ["--dataset=coco"], ["--config", str(recipe)]):
+        assert data(*other) == DataSettings()
+    same = DataSettings(dataset="table", data="own.csv", stratify=True, folds=5, fold=2)
+    assert data() == data("--dataset", "table") == same
 
 
 @pytest.mark.parametrize(

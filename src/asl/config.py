@@ -130,30 +130,40 @@ def parse(
     """The settings of one start of a script.
 
     `argv` defaults to the command line. `trained_with` maps the path of a checkpoint to settings:
-    the ones of `from_checkpoint` take the place of the defaults. The checkpoint is the one that is
-    typed, or that of the defaults. A recipe may hold all settings of `recipes`, and this script
-    takes its own.
+    the ones of `from_checkpoint` take the place of the defaults, but for those of its data where
+    another `dataset` is asked for. The checkpoint is the one that is typed, or that of the
+    defaults. A recipe may hold all settings of `recipes`, and this script takes its own.
 
     Exits with 0 after `--help` and with 2 on a wrong command line, saying what is near. Raises
     `UsageError` for a wrong recipe and for values out of range.
     """
     argv = _with_bare_resume(sys.argv[1:] if argv is None else argv)
     typed = _typed(argv, config)
-    settings: dict[str, Any] = {}
+    trained: dict[str, Any] = {}
     path = typed.get("model_path", _usual_checkpoint(config))
     if trained_with is not None and path and _HELP.isdisjoint(argv):
-        settings |= of_checkpoint(config, path, trained_with)
+        trained = of_checkpoint(config, path, trained_with)
+    recipe: dict[str, Any] = {}
     if typed.get("config"):
         recipe = read_recipe(typed["config"], *[each for each in (config, recipes) if each])
-        settings |= {name: recipe[name] for name in config.names() if name in recipe}
+    asked_for = {**recipe, **typed}.get("dataset")
+    if asked_for not in (None, trained.get("dataset")):
+        trained = {name: trained[name] for name in trained if name not in _of_data(config)}
+    own = {name: recipe[name] for name in config.names() if name in recipe}
     return tyro.cli(
         config,
         prog=f"{script}.py",
         description=description,
         args=argv,
-        default=config.of(**settings),
+        default=config.of(**{**trained, **own}),
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.SuppressFixed),
     )
+
+
+def _of_data(config: type[Config]) -> Collection[str]:
+    """The settings that say which images there are: how one data set is split is not another's."""
+    part = config.parts().get("data")
+    return part.model_fields if part else ()
 
 
 def _usual_checkpoint(config: type[Config]) -> str:
