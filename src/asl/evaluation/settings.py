@@ -34,9 +34,9 @@ def trained_with(path: str | Path) -> Mapping[str, Any]:
     from asl.data.fetch import is_address
     from asl.models import checkpoint  # and with it torch, which `--help` can do without
 
-    trained = dict(checkpoint.load(path).get("config") or {})
-    if is_address(trained.get("data", "")):
-        del trained["data"]
+    trained = checkpoint.load(path).get("config") or {}
+    if isinstance(trained, Mapping) and is_address(trained.get("data", "")):
+        trained = {name: value for name, value in trained.items() if name != "data"}
     return trained
 
 
