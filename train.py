@@ -4,6 +4,7 @@ Without any argument it trains the demo (configs/demo.yaml) on the built-in data
 """
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -29,12 +30,15 @@ def main() -> None:
 
         print(dry_run(config))
         return
+    from asl.data.fetch import is_address
     from asl.training.fit import fit
 
     folder = fit(config)
+    # Which validate.py does not take from a checkpoint.
+    data = f" {shlex.quote(config.data.data)}" if is_address(config.data.data) else ""
     print(f"curves:      {folder / 'curves.png'}")
     print(f"checkpoint:  {folder / 'best.pt'}")
-    print(f"validate it: python validate.py --model-path {folder / 'best.pt'}")
+    print(f"validate it: python validate.py{data} --model-path {folder / 'best.pt'}")
 
 
 if __name__ == "__main__":

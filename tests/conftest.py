@@ -2,8 +2,10 @@
 
 import os
 import sys
+import threading
 import warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from pathlib import Path
 
@@ -47,6 +49,59 @@ def small_shapes(tmp_path_factory):
     root = tmp_path_factory.mktemp("shapes")
     draw_shapes(root, train=40, val=20, processes=1)
     return root
+
+
+class _Served(ThreadingHTTPServer):
+    """The files of a folder, by address. `asked` has the path of each request.
+
+    `instead` has what a name is answered with in place of its file: instead[name](handler, file).
+    """
+
+    def __init__(self, folder):
+        super().__init__(("127.0.0.1", 0), _Answer)
+        self.folder, self.asked, self.instead = folder, [], {}
+        self.address = f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, request, client_address):
+        pass  # of a client that was killed
+
+
+class _Answer(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        file = self.server.folder / self.path.partition("?")[0].removeprefix("/")
+        if file.name in self.server.instead:
+            self.server.instead[file.name](self, file)
+        elif not file.is_file():
+            self.send_error(404)
+        else:
+            self.start(file.stat().st_size)
+            self.wfile.write(file.read_bytes())
+
+    def start(self, length):
+        """Begin an answer of so many bytes; None: until the connection ends."""
+        self.send_response(200)
+        self.send_header(*(("Content-Length", str(length)) if length else ("Connection", "close")))
+        self.end_headers()
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def served():
+    """Serves a folder until the test ends: served(folder) is a `_Served`."""
+    with ExitStack() as stack:
+
+        def serve(folder):
+            server = stack.enter_context(_Served(folder))
+            threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
+            stack.callback(server.shutdown)
+            return server
+
+        yield serve
 
 
 @pytest.fixture(scope="session")

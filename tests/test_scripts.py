@@ -1,6 +1,7 @@
 """The scripts as a user runs them: real processes on real files."""
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,6 +13,10 @@ import onnxruntime
 import pytest
 from PIL import Image
 
+from asl.config import parse
+from asl.data.readers.coco import coco
+from asl.data.shards import write_shards
+from asl.evaluation.settings import ValidateConfig, trained_with
 from asl.evaluation.text import sparks_text
 from asl.models import checkpoint
 
@@ -77,6 +82,25 @@ def test_validation_of_the_checkpoint_alone_repeats_the_logged_map(trained):
         assert f"{result['mAP']:.2f}" in out
         assert len(result["per_class"]) == 24
         assert result["command"].startswith("python")
+
+
+def test_a_run_on_shards_by_address_is_validated_on_those_that_are_named_again(
+    small_shapes, served, tmp_path
+):
+    for split in ("train", "val"):
+        write_shards(coco(small_shapes, f"{split}2014"), split, tmp_path / "set", 40)
+    address = f"{served(tmp_path).address}/set/{{train,val}}-000000.tar"
+    data = (address, "--dataset", "webdataset")
+    out, _ = run("train.py", *data, *SMALL, "--epochs", 1, "--output", "run", cwd=tmp_path)
+    assert "train: 40 images" in out
+    assert "val: 20 images" in out
+    _, script, *argv = shlex.split(out.splitlines()[-1].partition("validate it: ")[2])
+    assert script == "validate.py"
+    argv = [word.replace("run/best.pt", str(tmp_path / "run/best.pt")) for word in argv]
+    named = parse(ValidateConfig, "validate", "", argv, trained_with=trained_with)
+    assert (named.data.data, named.data.dataset) == (address, "webdataset")
+    alone = parse(ValidateConfig, "validate", "", argv[1:], trained_with=trained_with)
+    assert (alone.data.data, alone.data.dataset) == ("", "webdataset")
 
 
 def test_inference_on_an_image_and_on_a_folder_give_the_same_labels(trained, small_shapes):

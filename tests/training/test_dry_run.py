@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from asl.data.readers import coco
+from asl.data.shards import write_shards
 from asl.data.splits import read_split
 from asl.errors import DataError, TrainingError, UsageError
 from asl.images import slots as slots_module
@@ -147,6 +148,18 @@ def test_what_a_training_refuses_is_refused(settings, small_shapes, tmp_path, mo
     monkeypatch.setattr(slots_module, "free_shared_memory", lambda: 1000)
     with pytest.raises(UsageError, match="of shared memory"):
         said(settings, small_shapes, tmp_path, workers=1)
+
+
+def test_shards_by_address_are_fetched_and_that_is_said(
+    settings, small_shapes, tmp_path, served, capsys
+):
+    for split in ("train", "val"):
+        write_shards(coco.coco(small_shapes, f"{split}2014"), split, tmp_path / "set", 40)
+    address = f"{served(tmp_path).address}/set/{{train,val}}-000000.tar"
+    out = said(settings, address, tmp_path, dataset="webdataset", device="cpu")
+    assert out.endswith("nothing was written but shards that were not here yet")
+    assert "fetching 2 of 2 files" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"set", "cache"}
 
 
 def test_images_that_cannot_be_read_are_found(settings, small_shapes, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What is in a data set: `python -m asl.data DATASET DIR`; and writing it as shards."""
+"""What is in a data set: `python -m asl.data DATASET DATA`; and writing it as shards."""
 
 import sys
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ DRAWN = 12  # of them, drawn; and samples of a split
 
 def main(
     dataset: Annotated[Dataset, tyro.conf.Positional],
-    folder: Annotated[Path, tyro.conf.Positional],
+    data: Annotated[str, tyro.conf.Positional],
     split: str = "",
     image_folder: str | None = None,
     output: Path = Path("samples"),
@@ -40,17 +40,17 @@ def main(
 
     Args:
         dataset: its layout (DATASETS.md)
-        folder: where it lies
+        data: where it lies, or the addresses of shards
         split: the one to look at; default: all of them
-        image_folder: where the images are, from the data set's folder; default: as the layout says
+        image_folder: where the images are, from DATA; default: as the layout says
         output: folder of the pictures
         seed: which twelve images
         near_duplicates: also look for nearly equal images of different splits; decodes all
     """
-    names = [split] if split else splits(dataset, folder)
+    names = [split] if split else splits(dataset, data)
     existing = []
     for name in names:
-        annotations = read(dataset, folder, name, image_folder=image_folder)
+        annotations = read(dataset, data, name, image_folder=image_folder)
         exists = files_exist(annotations)
         print(describe(name, annotations, exists))
         existing.append(annotations.subset(exists))
@@ -74,7 +74,7 @@ def main(
 
 def shard(
     dataset: Annotated[Dataset, tyro.conf.Positional],
-    folder: Annotated[Path, tyro.conf.Positional],
+    data: Annotated[str, tyro.conf.Positional],
     output: Path,
     split: str = "",
     image_folder: str | None = None,
@@ -84,14 +84,14 @@ def shard(
 
     Args:
         dataset: its layout (DATASETS.md)
-        folder: where it lies
+        data: where it lies, or the addresses of shards
         output: folder of the shards
         split: the one to write; default: all of them
-        image_folder: where the images are, from the data set's folder; default: as the layout says
+        image_folder: where the images are, from DATA; default: as the layout says
         images: how many go into a shard
     """
-    names = [split] if split else splits(dataset, folder)
-    found = {name: read(dataset, folder, name, image_folder=image_folder) for name in names}
+    names = [split] if split else splits(dataset, data)
+    found = {name: read(dataset, data, name, image_folder=image_folder) for name in names}
     if len({annotations.classes for annotations in found.values()}) > 1:
         raise UsageError("splits have classes of their own: write each into a folder of its own")
     if any(output.glob("*.tar")):

@@ -17,7 +17,7 @@ class DataSettings(Settings):
     """Which images there are and how they are split. None stands for the reader's own default."""
 
     data: Annotated[str, tyro.conf.Positional] = ""
-    """folder of the data set"""
+    """folder of the data set; webdataset: or the addresses of shards"""
     dataset: Dataset = "coco"
     """its layout (DATASETS.md)"""
     train_split: str = ""

@@ -76,7 +76,9 @@ def split_name(settings: DataSettings, role: Role) -> str:
     Raises `UsageError` if no data set is named, or if it has only splits of other names.
     """
     if not settings.data:
-        raise UsageError("name the folder of the data set: DATA")
+        raise UsageError(
+            "name the folder of the data set: DATA (an address is not taken from a checkpoint)"
+        )
     chosen = settings.train_split if role == "train" else settings.val_split
     return chosen or default_split(settings.dataset, settings.data, role)
 

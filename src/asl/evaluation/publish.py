@@ -64,7 +64,8 @@ def publish(
         file = folder / HUB_FILE
         checkpoint.save(file, _published(content, model_path, license, terms))
         known = of_checkpoint(ValidateConfig, str(file), trained_with)
-        known |= {name: content["config"].get(name) for name in _OF_THE_DATA}
+        trained = trained_with(model_path)
+        known |= {name: trained.get(name) for name in _OF_THE_DATA}
         if not (data or known["data"]):
             raise UsageError(f"{model_path} does not know where its data is: name it with --data")
         config = ValidateConfig.of(

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import tyro
@@ -23,14 +24,20 @@ _NUMBER = r"[0-9]{1,3}(\.[0-9]{1,3})?"
 _VIEWS = rf"|flip|(flip\+)?scales:{_NUMBER}(,{_NUMBER})*"
 
 
-def trained_with(path: str) -> Mapping[str, Any]:
+def trained_with(path: str | Path) -> Mapping[str, Any]:
     """The settings that a checkpoint was trained with, by name; none in a file of others.
+
+    Where its data is an address, that is left out: what is fetched, the user alone says.
 
     Raises `DataError` for a file that is no checkpoint.
     """
+    from asl.data.fetch import is_address
     from asl.models import checkpoint  # and with it torch, which `--help` can do without
 
-    return checkpoint.load(path).get("config") or {}
+    trained = checkpoint.load(path).get("config") or {}
+    if isinstance(trained, Mapping) and is_address(trained.get("data", "")):
+        trained = {name: value for name, value in trained.items() if name != "data"}
+    return trained
 
 
 class FigureSettings(Settings):

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from asl.data.annotations import Annotations
+from asl.data.fetch import is_address
 from asl.distributed import pick_device, precision, process_group, world_size
 from asl.images.cache import bytes_to_build
 from asl.images.loader import Batch, Batches
@@ -41,7 +42,8 @@ def dry_run(config: TrainConfig) -> str:
 
     Both splits are read, and some of their images; the model is built, and makes one step on the
     device. A CUDA device need not be there, and is rehearsed then. A CPU may make the step with
-    fewer images. Nothing is written, but for the built-in data set where it is not drawn yet.
+    fewer images. Nothing is written, but for data that is not here yet: the built-in set is drawn,
+    and shards by address are fetched.
 
     Processes that were started together are counted as such. Raises what `fit` raises before it
     trains, and `TrainingError` where the device is too small for a step.
@@ -88,8 +90,10 @@ def _dry_run(config: TrainConfig, device: torch.device, there: bool) -> str:
     else:
         done = "rehearsed" if flops else "none"
         lines.append(f"step           {done}: there is no {device.type} here")
-    drawn = "" if existing else " but the built-in data set"
-    return "\n".join([*lines, f"nothing was written{drawn}"])
+    written = "" if existing else " but the built-in data set"
+    if is_address(config.data.data):
+        written = " but shards that were not here yet"
+    return "\n".join([*lines, f"nothing was written{written}"])
 
 
 def _forward_flops(model: nn.Module, image_size: int) -> int:

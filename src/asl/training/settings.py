@@ -171,7 +171,8 @@ class RunSettings(Settings):
     checkpoint_every: str = ""
     """also write last.pt within an epoch: every N steps, or every Nmin minutes"""
     dry_run: bool = False
-    """only say what the run would need: memory, disk, steps; writes nothing"""
+    """only say what the run would need: memory, disk, steps; writes nothing, but for shards that it
+    fetches"""
     overwrite: bool = False
     """start anew in a folder that already holds a run"""
     deterministic: bool = False

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 from asl.data.annotations import PRESENT, Annotations
 from asl.data.cache import cached, fingerprint
 from asl.data.draw import Draw
+from asl.data.fetch import fetched, is_address
 from asl.data.readers import coco, folders, nus_wide, openimages, shapes, table, voc, webdataset
 from asl.errors import UsageError
 
@@ -112,6 +113,7 @@ def read(
 ) -> Annotations:
     """Read one split of a data set; with a `cache_dir`, parse it only once.
 
+    `root` is its folder, or the addresses of shards, which are fetched first (`asl.data.fetch`).
     Without `write_cache` what is cached is read, and nothing is added.
     `options` go to the reader, except those that are None: they stay at its defaults. Classes that
     no image has are legal; a log message counts and names them.
@@ -119,7 +121,7 @@ def read(
     Raises `UsageError` for a data set, split or option that does not exist, and `DataError` for
     files that are missing or wrong.
     """
-    reader, root = _reader(dataset), Path(root)
+    reader, root = _reader(dataset), _folder(dataset, root)
     options = {name: value for name, value in options.items() if value is not None}
     for name in options.keys() - {*reader.options}:
         known = ", ".join(reader.options) or "none"
@@ -143,7 +145,7 @@ def read(
 
 def splits(dataset: str, root: str | Path) -> list[str]:
     """The existing splits of a data set."""
-    return _reader(dataset).splits(Path(root))
+    return _reader(dataset).splits(_folder(dataset, root))
 
 
 def default_split(dataset: str, root: str | Path, role: Literal["train", "val"]) -> str:
@@ -160,6 +162,17 @@ def default_split(dataset: str, root: str | Path, role: Literal["train", "val"])
     if not choice:
         raise UsageError(f"{root} has no usual split, name the {role} one: {', '.join(existing)}")
     return choice[0]
+
+
+def _folder(dataset: str, root: str | Path) -> Path:
+    if not is_address(root):
+        return Path(root)
+    if dataset != "webdataset":
+        raise UsageError(
+            f"data set {dataset} is read from a folder: download {root} and name that. By address, "
+            "shards alone are read: --dataset webdataset"
+        )
+    return fetched(str(root))
 
 
 def _reader(dataset: str) -> Reader:
