@@ -37,9 +37,9 @@ def main() -> None:
             rows = np.argsort((labels == PRESENT).argmax(axis=1), kind="stable")
         lines = [",".join(["path", *images.classes])]
         for row in rows:
-            name = Path("..") / os.path.relpath(images.path(row), folder)
+            name = os.path.relpath(images.path(row), folder)
             cells = [f"{x}" if x in (PRESENT, ABSENT) else "" for x in labels[row]]
-            lines.append(",".join([str(name), *cells]))
+            lines.append(",".join([name, *cells]))
         text = "".join(f"{line}\n" for line in lines)
         write_result(Path(folder, "by_class", f"{role}.csv"), text.encode())
 
