@@ -66,7 +66,9 @@ def _command(config: StudyConfig) -> str:
     command = ["python", "study.py", wanted.study, Path(wanted.data).name]
     path = wanted.model_path
     weights = ["--model-path", path if is_name(path) else Path(path).name] if path else []
-    return shlex.join([*command, *weights])
+    amp = config.compute.amp
+    precision = ["--amp", amp] if amp != StudyConfig().compute.amp else []
+    return shlex.join([*command, *weights, *precision])
 
 
 def _done(study: Study, config: StudyConfig) -> dict[str, Figures]:
