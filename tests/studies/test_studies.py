@@ -95,9 +95,11 @@ def test_a_network_is_measured_on_the_images_that_it_was_validated_on(study_of, 
     assert len([*(tmp_path / "squished").iterdir()]) == 1
 
 
-def test_a_command_names_weights_without_their_folder_but_in_full(study_of, on_cpu):
+def test_a_command_names_weights_without_their_folder_but_in_full_and_the_precision(on_cpu):
     for path, named in (("/a/b.pth", "b.pth"), *[(x, x) for x in ("zoo:b", "hf-hub:a/b")]):
-        assert _command(on_cpu(model_path=path)).endswith(f"--model-path {named}")
+        here = on_cpu(model_path=path)
+        assert _command(here).endswith(f"--model-path {named} --amp off")
+        assert _command(here.with_settings(amp="auto")).endswith(f"--model-path {named}")
 
 
 def test_heads_on_features_are_those_of_train_py(study_of, on_cpu, tmp_path):
