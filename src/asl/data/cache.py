@@ -88,6 +88,8 @@ def _load(path: Path, key: str) -> Annotations | None:
             return None
         if damaged := archive.testzip():
             raise zipfile.BadZipFile(f"{damaged} has another checksum")
+        # Who has mapped a file keeps what was in it when it is replaced. Only where the folder is
+        # on NFS, and another machine replaces it, such a process is killed (SIGBUS).
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return Annotations(
             root=Path(about["root"]),
