@@ -32,7 +32,7 @@ test: lint  ## lint, types and tests
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 bench: setup  ## every benchmark of a CPU that needs no data: prints tables, takes a while
-	@for each in $(filter-out bench/gpu% bench/backbones% bench/cache.py bench/loading.py,$(wildcard bench/*.py)); do echo "## $$each"; $(BIN)/python $$each || exit 1; done
+	@for each in $(filter-out bench/gpu% bench/backbones% bench/cache.py bench/loading.py bench/scale.py,$(wildcard bench/*.py)); do echo "## $$each"; $(BIN)/python $$each || exit 1; done
 
 DEVICE ?= cuda
 gpu:  ## CUDA tests, and the benchmark of a GPU: 4 minutes; prints tables, writes results/gpu

@@ -12,6 +12,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
+import torch
 
 from asl.data.readers import READERS, default_split, read, splits
 from asl.data.settings import Dataset, DataSettings, LabelSettings
@@ -166,6 +167,40 @@ def test_ranks_may_write_at_the_same_time(root, cache):
     for result in results:
         same(result, first)
     assert len(list(cache.iterdir())) == 1
+
+
+def parse_together(rank, init, queue):
+    """How often this rank parses, whether it can write to what it gets, and how much that is."""
+    torch.distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
+    calls, voc = [], READERS["voc"]
+    READERS["voc"] = voc._replace(read=lambda *a, **b: calls.append(a) or voc.read(*a, **b))
+    folder = Path(init.removeprefix("file://")).parent
+    for cache in (folder / "cache", folder / "no folder"):
+        data = read("voc", folder / "VOC2007", "train", cache_dir=cache)
+        queue.put((cache.name, rank, len(calls), data.files.flags.writeable, len(data)))
+    torch.distributed.destroy_process_group()
+
+
+def test_one_rank_parses_and_the_others_map_what_it_has_written(
+    root, tmp_path, answers_of_two_ranks
+):
+    (tmp_path / "no folder").write_text("so each has to parse")
+    assert sorted(answers_of_two_ranks(parse_together, 2)) == [
+        ("cache", 0, 1, True, 2),
+        ("cache", 1, 0, False, 2),
+        ("no folder", 0, 2, True, 2),
+        ("no folder", 1, 1, True, 2),
+    ]
+
+
+def test_a_cache_that_is_replaced_keeps_what_is_in_use(root, cache):
+    read("voc", root, "train", cache_dir=cache)
+    before, expected = (read("voc", root, "train", **where) for where in ({"cache_dir": cache}, {}))
+    assert not before.files.flags.owndata
+    write_voc(root, cats="000012  1\n000017  1\n")
+    after = read("voc", root, "train", cache_dir=cache)
+    same(before, expected)
+    assert after.counts(1).tolist() != before.counts(1).tolist()
 
 
 def test_a_cache_that_cannot_be_written_costs_a_warning(root, cache, caplog):

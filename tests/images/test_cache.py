@@ -330,7 +330,7 @@ DAMAGES = {
     "empty": (lambda path: path.write_bytes(b""), "no header of a shard"),
     "cut short": (lambda path: os.truncate(path, 8192 + 5 * IMAGE), "was cut short"),
     "cut in the table": (lambda path: os.truncate(path, 4200), "damaged table"),
-    "wrong pixel": (damaged_image, "damaged image (number 2)"),
+    "wrong pixel": (damaged_image, "damaged image (at byte "),
     "wrong table": (lambda path: overwrite(path, 4100, b"?!"), "damaged table"),
     "other cache": (lambda path: shutil.copy(other_cache(path), path), "belongs into a folder 8px"),
 }
@@ -438,7 +438,7 @@ def test_the_command_lists_verifies_and_prunes(annotations, folder, small_shards
     assert command(folder)[1] == 0
     said, code = command(folder, "--verify")
     assert code == DataError.exit_code
-    assert f"{first} has a damaged image (number 5)\n" in said
+    assert f"{first} has a damaged image (at byte {rows['offset'][5]:,})\n" in said
 
     (folder / "train-448px-0.images").touch()
     (first.parent / f".{'0' * 32}.shard.1.part").touch()

@@ -34,8 +34,7 @@ class ImageCache:
     def __init__(self, annotations: Annotations, settings: ImageSettings, found: Search) -> None:
         self.annotations, self.settings, self.kind = annotations, settings, Kind.of(settings)
         self._paths, self._shard = found.paths, found.shard
-        # Copies, as a column of a table keeps all of it in memory.
-        self._offset, self._length = found.rows["offset"].copy(), found.rows["length"].copy()
+        self._offset, self._length = found.offset, found.length
         self._descriptors: dict[int, int] = {}
 
     @classmethod

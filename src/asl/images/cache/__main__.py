@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from asl.errors import DataError, UsageError, reported
 from asl.images.cache.build import remove_dead_drafts
-from asl.images.cache.shards import FIRST_EDITION, SUFFIX, Damaged, Shard
+from asl.images.cache.shards import FIRST_EDITION, SUFFIX, Damaged, Shard, check
 
 
 def main(
@@ -52,8 +52,8 @@ def look(folder: Path, verify: bool) -> tuple[list[Shard], dict[Path, str]]:
             if not shard.kind.is_current:
                 useless[path] = "was made by other decoders"
                 continue
-            for row in range(len(shard.rows)) if verify else ():
-                shard.check(row)
+            for row in shard.rows if verify else ():
+                check(path, row)
             found.append(shard)
         except Damaged as error:
             useless[path] = str(error)
