@@ -1,6 +1,6 @@
 """This project's loader beside those of others: the same photographs, at equal work, in turn.
 
-    python bench/loading.py FOLDER_OF_PHOTOGRAPHS [--size 448] [--images 1005]
+    python bench/loading.py FOLDER_OF_PHOTOGRAPHS [--size 448] [--images 1005] [--only NAME ...]
 
 Everybody makes batches of 32 squished images with targets of 80 classes, without augmentation and
 with that of the recipe (Cutout, then RandAugment). First in one process on one core, in CPU time;
@@ -60,6 +60,7 @@ class Data(NamedTuple):
     shards: Annotations
     scratch: Path
     size: int
+    names: list[str]
     forgotten: bool = False
 
 
@@ -213,6 +214,8 @@ BUILT = {
 def pipelines(data: Data, workers: int) -> Iterator[tuple[str, bool, Epoch]]:
     """All that can be made here: name, whether it augments, an epoch."""
     for name, make in PIPELINES.items():
+        if name not in data.names:
+            continue
         for training in (False, True):
             if training and name.startswith("FFCV"):
                 continue
@@ -288,6 +291,8 @@ def build(data: Data) -> None:
     sizes = sum(path.stat().st_size for path in (data.scratch / "files").iterdir())
     print(f"| files | {sizes / len(data.files) / 1000:.0f} | |")
     for name, folder in BUILT.items():
+        if name not in data.names:
+            continue
         begun = time.perf_counter()
         try:
             PIPELINES[name](data, 0, False)
@@ -338,6 +343,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1005)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--only", nargs="+", choices=PIPELINES, default=PIPELINES, metavar="NAME")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     random.seed(0)
@@ -346,7 +352,7 @@ def main() -> None:
         files = photographs(chosen.folder, chosen.images, scratch)
         write_shards(files, "val", scratch / "shards", PER_SHARD)
         shards = read("webdataset", scratch / "shards", "val")
-        data = Data(files, shards, scratch, chosen.size)
+        data = Data(files, shards, scratch, chosen.size, ["official", *chosen.only])
         print(
             f"{len(files):,} images of {chosen.folder}, {chosen.size} px, torch {torch.__version__}"
         )
