@@ -1,7 +1,7 @@
 """What a cache of images takes, how fast it is read, and how far its pixels are from the files'.
 
     python bench/cache.py FOLDER_OF_PHOTOGRAPHS [--size 448]
-    python bench/cache.py FOLDER_OF_PHOTOGRAPHS --order {forgotten,limited} [--size 448]
+    python bench/cache.py FOLDER_OF_PHOTOGRAPHS --order {forgotten,limited} [--windows N ...]
 
 The first also decodes the photographs at a part of their size (`--draft-decode`), and one that is
 enlarged to 12 megapixels. Times are CPU time of one thread, medians. The second reads a whole raw
@@ -154,6 +154,7 @@ def main() -> None:
     parser.add_argument("folder", help="photographs")
     parser.add_argument("--size", type=int, default=448)
     parser.add_argument("--order", choices=("forgotten", "limited"))
+    parser.add_argument("--windows", type=int, nargs="+", default=[512, 2048], help="of --order")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     root, names = find_images(chosen.folder)
@@ -161,7 +162,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         if chosen.order:
             settings = ImageSettings(image_size=chosen.size, cache_dir=scratch)
-            orders(annotations, settings, [0, 512, 2048], chosen.order == "forgotten")
+            orders(annotations, settings, [0, *chosen.windows], chosen.order == "forgotten")
         else:
             storages(annotations, chosen.size, scratch)
             drafts(annotations)
