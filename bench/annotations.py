@@ -79,9 +79,12 @@ def write_open_images(root: Path, scale: float) -> None:
             )
 
 
-def memory(field: str) -> float:
-    """MB from /proc: VmRSS (resident now), VmHWM (the most so far), Private (not shared)."""
-    files = ("/proc/self/status", "/proc/self/smaps_rollup")
+def memory(field: str, process: int | str | None = "self") -> float:
+    """MB from /proc: VmRSS (resident now), VmHWM (the most so far), and of what is resident
+
+    Private: no other process's, Anonymous: no file's, Pss: with its share of what others have too.
+    """
+    files = (f"/proc/{process}/status", f"/proc/{process}/smaps_rollup")
     lines = [line.split() for file in files for line in Path(file).read_text().splitlines()]
     return sum(int(words[1]) * 1024 for words in lines if words[0].startswith(field)) / MB
 

@@ -113,10 +113,10 @@ def drafts(annotations: Annotations) -> None:
         print(f"| 12 megapixels | {size} | {ms[0]:.1f} | {ms[1]:.1f} | {off} |")
 
 
-def forget(shards: Iterable[Path]) -> None:
+def forget(files: Iterable[Path]) -> None:
     """Tell the system that these files are not needed in memory."""
-    for shard in shards:
-        with shard.open("rb") as file:
+    for path in files:
+        with path.open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 

@@ -99,10 +99,15 @@ def signed(amount: float) -> float:
     return random.choice((-amount, amount))
 
 
-def augment(image: Image.Image) -> Image.Image:
-    """Cutout of half the side in a random colour, then the recipe's RandAugment."""
+def cutout(image: Image.Image) -> Image.Image:
+    """Cutout of half the side in a random colour."""
     red, green, blue = (random.randrange(256) for _ in range(3))
-    image = cut(image, 2 * (round(0.5 * image.width) // 2) + 1, (red, green, blue))
+    return cut(image, 2 * (round(0.5 * image.width) // 2) + 1, (red, green, blue))
+
+
+def augment(image: Image.Image) -> Image.Image:
+    """Cutout, then the recipe's RandAugment."""
+    image = cutout(image)
     for operation, amount in random.choices(RANDAUGMENT, k=2):
         level = random.randint(1, 9) / 9
         if random.random() < 0.5:

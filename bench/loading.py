@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -31,8 +30,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import numpy as np
 import torch
-from data import RECIPE, Conventional, augment, cut
-from PIL import Image
+from annotations import memory
+from cache import forget
+from data import BATCH, CLASSES, RECIPE, Conventional, cutout, exhaust
 from step import ratio, seconds
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.loader import fast_collate
@@ -48,7 +48,7 @@ from asl.images.decode import find_images, read_squished
 from asl.images.loader import Batches
 from asl.images.settings import ImageSettings
 
-CLASSES, BATCH, PER_SHARD = 80, 32, 64
+PER_SHARD = 64
 TIMM = rand_augment_transform("rand-m9-n2", {})
 Epoch = Callable[[], object]
 
@@ -83,16 +83,11 @@ def official(data: Data, workers: int, training: bool) -> Epoch:
 def timm(data: Data, workers: int, training: bool) -> Epoch:
     """Its RandAugment, after the same Cutout, and its collate of uint8."""
     images = Conventional(data.files, data.size, training)
-    augmented = [transforms.Lambda(partial(cutout, size=data.size)), TIMM] if training else []
+    augmented = [transforms.Lambda(cutout), TIMM] if training else []
     resize = transforms.Resize((data.size, data.size))
     images.transform = transforms.Compose([resize, *augmented, ToNumpy()])
     images.targets = np.zeros((len(data.files), CLASSES))  # of the kind that its collate knows
     return loader(images, workers, collate_fn=collated)
-
-
-def cutout(image: Image.Image, size: int) -> Image.Image:
-    red, green, blue = (random.randrange(256) for _ in range(3))
-    return cut(image, 2 * (round(0.5 * size) // 2) + 1, (red, green, blue))
 
 
 def collated(samples: list[Any]) -> tuple[Tensor, Tensor]:
@@ -105,9 +100,7 @@ def webdataset(data: Data, workers: int, training: bool) -> Epoch:
     import webdataset as wds
 
     shards = sorted(map(str, (data.scratch / "shards").glob("*.tar")))
-    steps = [transforms.Resize((data.size, data.size))]
-    steps += [transforms.Lambda(augment)] * training
-    transform = transforms.Compose([*steps, transforms.ToTensor()])
+    transform = Conventional(data.files, data.size, training).transform
     samples = wds.WebDataset(shards, shardshuffle=len(shards) if training else False)
     samples = samples.shuffle(1000 if training else 0).decode("pil").to_tuple("jpg", "json")
     samples = samples.map_tuple(transform, lambda _: torch.zeros(CLASSES)).batched(BATCH)
@@ -130,7 +123,7 @@ class Squished:
         return pixels, np.zeros(CLASSES, np.uint8)
 
 
-def ffcv(data: Data, workers: int, training: bool, mode: str, quality: int = 95) -> Epoch:
+def ffcv(data: Data, workers: int, training: bool, mode: str) -> Epoch:
     """Its files and its loader; its workers are threads."""
     from ffcv.fields import NDArrayField, RGBImageField
     from ffcv.fields.decoders import NDArrayDecoder
@@ -144,7 +137,7 @@ def ffcv(data: Data, workers: int, training: bool, mode: str, quality: int = 95)
     if not file.exists():
         file.parent.mkdir()
         fields = {
-            "images": RGBImageField(write_mode=mode, jpeg_quality=quality),
+            "images": RGBImageField(write_mode=mode, jpeg_quality=95),
             "targets": NDArrayField(np.dtype(np.uint8), (CLASSES,)),
         }
         DatasetWriter(str(file), fields, num_workers=1).from_indexed_dataset(Squished(data))
@@ -169,8 +162,7 @@ def ours(data: Data, workers: int, training: bool, cache: str = "", shards: bool
     settings = ImageSettings(image_size=data.size, batch_size=BATCH, workers=workers, **cached)
     options = RECIPE if training else {}
     batches = Batches(data.shards if shards else data.files, settings, **options)
-    epochs = count()
-    return lambda: through(batches.epoch(next(epochs)))
+    return partial(exhaust, batches, count())
 
 
 def with_simplejpeg(data: Data, workers: int, training: bool) -> Epoch:
@@ -236,27 +228,10 @@ def photographs(folder: str, images: int, scratch: Path) -> Annotations:
         shutil.copy(root / source, copies / f"{number:06}{source.suffix}")
     found = sorted(copies.iterdir())
     return Annotations.unlabelled(
-        copies, np.array([os.fsencode(path.name) for path in found]), class_names()
+        copies,
+        np.array([os.fsencode(path.name) for path in found]),
+        tuple(f"class {number}" for number in range(CLASSES)),
     )
-
-
-def class_names() -> tuple[str, ...]:
-    return tuple(f"class {number}" for number in range(CLASSES))
-
-
-def forget(folder: Path) -> None:
-    """Let the system read all files there from the disk again."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def own_memory(process: int) -> float:
-    """What a process shares with no other, in MB."""
-    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1000
 
 
 def children() -> set[int]:
@@ -301,11 +276,7 @@ def build(data: Data) -> None:
         taken = time.perf_counter() - begun
         parts = [path for path in (data.scratch / folder).rglob("*") if path.is_file()]
         size = sum(path.stat().st_size for path in parts) / len(data.files) / 1000
-        print(
-            f"| {name} | {size:.0f} | {taken:.1f} |"
-            if folder != "shards"
-            else f"| {name} | {size:.0f} | |"
-        )
+        print(f"| {name} | {size:.0f} | {'' if folder == 'shards' else f'{taken:.1f}'} |")
 
 
 def measure(data: Data, workers: int, rounds: int) -> None:
@@ -316,13 +287,13 @@ def measure(data: Data, workers: int, rounds: int) -> None:
         epoch()
         runs[name, training] = epoch
         processes[name, training] = children() - before
-        first[name, training] = [own_memory(each) for each in processes[name, training]]
+        first[name, training] = [memory("Private", each) for each in processes[name, training]]
     if not workers:
         taken = seconds(runs, rounds)
         table("One process on one core, CPU time", len(data.files), taken, "ms an image")
         return
-    before = [partial(forget, data.scratch)] if data.forgotten else []
-    taken = seconds(runs, rounds, time.perf_counter, *before)
+    forgotten = [path for path in data.scratch.rglob("*") if path.is_file() and data.forgotten]
+    taken = seconds(runs, rounds, time.perf_counter, partial(forget, forgotten))
     where = "forgotten" if data.forgotten else "in memory"
     table(f"{workers} workers, files {where}", len(data.files), taken, "images/s")
     print("\n| memory of a worker, MB | after one epoch | after all | augmented, one | all |")
@@ -331,7 +302,7 @@ def measure(data: Data, workers: int, rounds: int) -> None:
         if processes.get((name, False)):
             cells = []
             for training in (False, True):
-                now = map(own_memory, processes[name, training])
+                now = [memory("Private", each) for each in processes[name, training]]
                 cells += [f"{statistics.mean(each):.0f}" for each in (first[name, training], now)]
             print(f"| {name} | {' | '.join(cells)} |")
 
@@ -347,8 +318,8 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     random.seed(0)
-    with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
         files = photographs(chosen.folder, chosen.images, scratch)
         write_shards(files, "val", scratch / "shards", PER_SHARD)
         shards = read("webdataset", scratch / "shards", "val")

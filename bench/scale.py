@@ -37,6 +37,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ["POLARS_MAX_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import numpy as np
 import torch
+from annotations import memory as memory_of
 from PIL import Image
 
 from asl.data.annotations import Annotations, without_missing
@@ -65,8 +66,8 @@ COLUMNS = (
     "a worker's own, MB",
     "all, MB",
 )
-MEMORY = ("VmRSS", "VmHWM", "Anonymous", "Pss")
-CPU, MB = torch.device("cpu"), 1e6
+MEMORY = ("VmRSS:", "VmHWM:", "Anonymous:", "Pss:", "Private")
+CPU = torch.device("cpu")
 
 
 def config_of(root: Path, workers: int) -> TrainConfig:
@@ -171,22 +172,15 @@ class Report:
         now, before = memory(), self.before
         workers = [memory(worker.pid) for worker in multiprocessing.active_children()]
         own = max((each["Private"] for each in workers), default=0.0)
-        together = sum(each["Pss"] for each in (now, *workers)) - before["Pss"]
-        gained = [now["Anonymous"] - before["Anonymous"], now["VmHWM"] - before["VmRSS"]]
+        together = sum(each["Pss:"] for each in (now, *workers)) - before["Pss:"]
+        gained = [now["Anonymous:"] - before["Anonymous:"], now["VmHWM:"] - before["VmRSS:"]]
         self.rows.append((stage, [*took, *gained, own, together]))
         self._start()
 
 
 def memory(process: int | str | None = "self") -> dict[str, float]:
-    """MB of a process: what is resident (VmRSS), its peak (VmHWM), and of what is resident
-
-    Anonymous: no file's, Private: no other process's, Pss: with its share of what others have too.
-    """
-    files = [Path(f"/proc/{process}/{name}") for name in ("status", "smaps_rollup")]
-    lines = [line.split() for file in files for line in file.read_text().splitlines()]
-    found = {words[0]: int(words[1]) * 1024 / MB for words in lines if words[-1] == "kB"}
-    private = found["Private_Clean:"] + found["Private_Dirty:"]
-    return {name: found[f"{name}:"] for name in MEMORY} | {"Private": private}
+    """MB of a process, by the fields of MEMORY."""
+    return {field: memory_of(field, process) for field in MEMORY}
 
 
 def start(root: Path, workers: int, middle: bool) -> None:
